@@ -1,0 +1,114 @@
+"""The files of a run: one checkpoint from which it continues, its config, its log; and weights of others.
+
+`checkpoint.pt` is a dictionary of plain data and tensors, so that it loads with `weights_only=True` (no code in it is
+ever executed): `model` (state_dict), `arch` (arguments of MaskedAutoencoder), `optimizer`, `step`, `config`, `mean`,
+`std`. Random states are not in it because there are none: every random number of a run is a function of (seed, step).
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+class UsageError(ValueError):
+    """Something the user can mend: its text is one line that names the flag and the remedy. Commands end with code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line, and flags are not abbreviated."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        sys.exit(fail(f"{message} ({self.prog} --help lists what there is)"))
+
+
+def fail(message):
+    """Print the one line; return the exit code of a usage error."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    return 2
+
+
+def run_main(main):
+    """Run a command: a UsageError is one line on stderr and exit code 2, anything else a traceback, as it is a bug."""
+    try:
+        main()
+    except UsageError as error:
+        sys.exit(fail(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def write_atomically(path, write):
+    """Let `write(file)` fill a temporary file in the same folder, flush it to the disk, then rename it to `path`.
+
+    Whoever opens `path` finds the old content or the new, never half of it, whenever the power goes."""
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)     # temporary files are private; results need not be
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def save_checkpoint(path, content):
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(path):
+    """The dictionary at `path`, tensors on the CPU. Raises UsageError if there is none or it cannot be read."""
+    if not Path(path).is_file():
+        raise UsageError(f"checkpoint {path}: there is no such file")
+    try:
+        # official MAE training checkpoints carry their argparse.Namespace, which is plain data too
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UsageError(f"checkpoint {path}: not a checkpoint that can be read safely "
+                         f"({type(error).__name__}: {str(error).splitlines()[0][:100]})") from error
+
+
+def read_weights(path):
+    """Weights of ours, of the official MAE code or of timm -> state_dict, info (`arch`, `mean`, `std`; {} for others)."""
+    file = load_checkpoint(path)
+    state = next((file[k] for k in ("model", "state_dict") if k in file), file)
+    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
+        raise UsageError(f"checkpoint {path}: holds no vision transformer (no patch_embed.proj.weight and pos_embed)")
+    return state, (file if "arch" in file else {})
+
+
+def same_config(old, new, free):
+    """Refuse to continue a run with other settings; the names in `free` (device, workers, ...) may change."""
+    differ = [k for k in sorted(old.keys() | new.keys()) if k not in free and old.get(k) != new.get(k)]
+    if differ:
+        raise UsageError("--out {}: holds a run with other settings: {}; use another --out or the same settings".format(
+            new["out"], ", ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in differ)))
+
+
+def append_json(path, record):
+    """One JSON object as one line at the end of a file."""
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_json_lines(path):
+    """All objects of such a file, [] if there is none."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
+
+
+def truncate_log(path, step):
+    """Drop what was logged after `step`: a run that was cut off repeats those steps and logs them again."""
+    kept = "".join(json.dumps(r) + "\n" for r in read_json_lines(path) if r["step"] <= step)
+    write_atomically(path, lambda file: file.write(kept.encode()))

@@ -1,0 +1,167 @@
+"""How good is an encoder? Frozen features, computed once, and a simple classifier on top.
+
+    python eval.py knn    --checkpoint runs/mae-shapes-micro/checkpoint.pt
+    python eval.py linear --checkpoint runs/mae-shapes-micro/checkpoint.pt --data cifar10 --data-root data
+
+`knn` asks whether images of a class lie together; `linear` whether a plane separates them. For a masked autoencoder the
+second answer is much the better one, and which token is asked matters: both are reported, the class token and the mean
+of the patch tokens. The last line printed is a JSON object, appended to eval.jsonl beside the checkpoint. Its `top1`
+(a fraction, on the test split) is that of the token that was better on validation images cut from the training data.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from checkpoint import Parser, UsageError, append_json, read_weights, run_main
+from data import SETS, held_out, load_images, read
+from mae import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, load_encoder
+
+LINEAR_RATES = (0.003, 0.03, 0.3, 3.0)     # learning rates tried, a wide net; validation images choose
+
+
+@torch.no_grad()
+def features(encoder, images, ids, mean, std, device, batch=500):
+    """Features of the images at ids, on the CPU: {"class": n D, "mean": n D}; {"pixels": n (C H W)} if encoder is None."""
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
+    columns = {}
+    for part in ids.split(batch):
+        x = (read(images, part).to(device).float() / 255 - mean) / std                                  # b C H W
+        if encoder is None:
+            tokens = {"pixels": x.flatten(1)}
+        else:
+            x = encoder.encode(x.to(next(encoder.parameters()).dtype)).float()                          # b 1+N D
+            tokens = {"class": x[:, 0], "mean": x[:, 1:].mean(1)}
+        for name, value in tokens.items():
+            columns.setdefault(name, []).append(value.cpu())
+    return {name: torch.cat(value) for name, value in columns.items()}
+
+
+def knn(x, y, test_x, classes, k=20, temperature=0.07):
+    """Weighted k nearest neighbours by cosine similarity: x n D, y n, test_x m D -> predicted classes m.
+
+    A neighbour votes with exp(similarity / temperature); k and temperature as in Wu et al. 2018 and DINO."""
+    x, test_x = F.normalize(x, dim=1), F.normalize(test_x, dim=1)
+    predictions = []
+    for queries in test_x.split(1000):
+        similarity, neighbours = (queries @ x.T).topk(min(k, len(x)), dim=1)                            # b k
+        votes = torch.zeros(len(queries), classes, device=x.device)
+        votes.scatter_add_(1, y[neighbours], (similarity / temperature).exp())                          # b classes
+        predictions.append(votes.argmax(1))
+    return torch.cat(predictions)
+
+
+def linear(x, y, test_x, classes, rates=LINEAR_RATES, epochs=90, batch=1024, seed=0):
+    """Linear classifiers, one per learning rate, trained side by side: x n D, y n, test_x m D -> predictions rates m.
+
+    MAE's protocol: BatchNorm without affine, then a linear layer; momentum 0.9, no weight decay, cosine, 90 epochs. SGD in
+    place of LARS, as batches are small. The rate is for the whole batch."""
+    g = torch.Generator().manual_seed(seed)
+    norm = nn.BatchNorm1d(x.shape[1], affine=False, device=x.device)
+    heads = [nn.Linear(x.shape[1], classes, device=x.device) for _ in rates]
+    for head in heads:
+        nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    optimizer = torch.optim.SGD([dict(params=h.parameters(), lr=r) for h, r in zip(heads, rates)], momentum=0.9)
+    batch = min(batch, len(x))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(x) // batch))
+    for _ in range(epochs):
+        order = torch.randperm(len(x), generator=g)
+        for ids in order[:len(x) // batch * batch].view(-1, batch).to(x.device):
+            inputs = norm(x[ids])
+            loss = sum(F.cross_entropy(head(inputs), y[ids]) for head in heads)   # no weight is shared: each gets its own
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    norm.eval()
+    with torch.no_grad():
+        return torch.stack([head(norm(test_x)).argmax(1) for head in heads])
+
+
+def accuracy(predictions, y):
+    return (predictions == y).float().mean().item()
+
+
+def classify(task, x, y, fit, val, test_x, test_y, classes):
+    """Validation and test accuracy of one token: tuned on rows `fit` against rows `val`, then trained on all rows."""
+    if task == "knn":
+        return accuracy(knn(x[fit], y[fit], x[val], classes), y[val]), accuracy(knn(x, y, test_x, classes), test_y)
+    scores = [accuracy(p, y[val]) for p in linear(x[fit], y[fit], x[val], classes)]
+    best = max(range(len(scores)), key=scores.__getitem__)
+    return scores[best], accuracy(linear(x, y, test_x, classes, rates=LINEAR_RATES[best:best + 1])[0], test_y)
+
+
+def monitor(encoder, images, train_ids, val_ids, mean, std, device):
+    """k-NN accuracy on held-out images while training runs: {"knn_class", "knn_mean"}; {} without labels.
+
+    At most 10,000 labelled images to compare with and 2,000 to test: a curve, quickly. `python eval.py knn` uses all."""
+    train_ids = train_ids[images.labels[train_ids] >= 0]
+    if len(val_ids) == 0 or len(train_ids) == 0:
+        return {}
+    spread = lambda ids, n: ids[torch.linspace(0, len(ids) - 1, min(n, len(ids))).long()]
+    train_ids, val_ids = spread(train_ids, 10_000), spread(val_ids, 2_000)
+    x, test_x = (features(encoder, images, ids, mean, std, device) for ids in (train_ids, val_ids))
+    y, test_y = images.labels[train_ids], images.labels[val_ids]
+    return {f"knn_{token}": accuracy(knn(x[token], y, test_x[token], len(images.classes)), test_y) for token in x}
+
+
+def load_network(options):
+    """--network: the trained encoder, the same with fresh random weights, or None for raw pixels; with its mean and std."""
+    encoder, _ = load_encoder(options.checkpoint, options.num_heads)
+    _, info = read_weights(options.checkpoint)
+    if options.network == "untrained":
+        torch.manual_seed(0)
+        names = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
+        encoder = VisionTransformer(**{k: info["arch"][k] for k in names}).eval()
+    return encoder, info.get("mean") or IMAGENET_MEAN, info.get("std") or IMAGENET_STD, info.get("config", {})
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("task", choices=["knn", "linear"])
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="of train.py, of the official MAE code or timm")
+    parser.add_argument("--network", default="student", choices=["student", "untrained", "pixels"],
+                        help="untrained: the same encoder with random weights; pixels: no encoder (default: student)")
+    parser.add_argument("--token", choices=["class", "mean"], help="default: the better one on validation images")
+    parser.add_argument("--data", choices=SETS, help="default: what the checkpoint was trained on")
+    parser.add_argument("--data-root", metavar="DIR", help="default: that of the training run")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--num-heads", type=int, help="for others' weights whose heads are not 64 wide")
+    options = parser.parse_args()
+    start = time.perf_counter()
+
+    encoder, mean, std, config = load_network(options)
+    data, root = options.data or config.get("data"), options.data_root or config.get("data_root")
+    if data is None or root is None:
+        raise UsageError("--data, --data-root: this checkpoint does not name a data set; name one")
+    train, test = (load_images(data, root, split, encoder.img_size, encoder.in_chans) for split in ("train", "test"))
+    if not train.classes:
+        raise UsageError(f"--data-root {root}: the training images have no labels; use ROOT/train/<class>/*")
+    if train.classes != test.classes:
+        raise UsageError(f"--data-root {root}: {len(train.classes)} classes to train on and {len(test.classes)} to test on, "
+                         f"different: {', '.join(sorted(set(train.classes) ^ set(test.classes))[:5])}")
+    network = None if options.network == "pixels" else encoder.to(options.device)
+    ids = torch.nonzero(train.labels >= 0).flatten()
+    x, test_x = (features(network, images, i, mean, std, options.device)
+                 for images, i in ((train, ids), (test, torch.arange(len(test)))))
+    y, test_y = train.labels[ids].to(options.device), test.labels.to(options.device)
+    _, val_ids = held_out(train, 0.1)                      # the images that train.py holds out by default
+    val = torch.isin(ids, val_ids).to(options.device)
+
+    scores = {token: classify(options.task, x[token].to(options.device), y, ~val, val, test_x[token].to(options.device),
+                              test_y, len(train.classes)) for token in x}
+    token = options.token if options.token in scores else max(scores, key=scores.get)
+    record = dict(task=options.task, top1=scores[token][1], token=token,
+                  tokens={t: s[1] for t, s in scores.items()}, validation={t: s[0] for t, s in scores.items()},
+                  network=options.network, data=data, checkpoint=options.checkpoint, step=read_weights(options.checkpoint)[1].get("step"),
+                  images=len(ids), test_images=len(test), seconds=round(time.perf_counter() - start, 1))
+    append_json(Path(options.checkpoint).parent / "eval.jsonl", record)
+    import json
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    run_main(main)
