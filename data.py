@@ -317,7 +317,7 @@ class Batches:
             if self.device.type == "cuda":                 # from pinned memory the copies do not make the host wait
                 numbers = {k: v.pin_memory() for k, v in numbers.items()}
             numbers = {k: v.to(self.device, non_blocking=True) for k, v in numbers.items()}
-            files = next(stream).to(self.device, non_blocking=True) if stream else None                 # (A b) V C H W
+            files = next(stream).to(self.device, non_blocking=True) if stream is not None else None                 # (A b) V C H W
             b = self.batch // self.accumulate // self.world
             for k in range(self.accumulate):
                 n = {name: v[k * b:(k + 1) * b] for name, v in numbers.items()}

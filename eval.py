@@ -9,6 +9,7 @@ of the patch tokens. The last line printed is a JSON object, appended to eval.js
 (a fraction, on the test split) is that of the token that was better on validation images cut from the training data.
 """
 
+import json
 import time
 from pathlib import Path
 
@@ -113,13 +114,15 @@ def load_network(options):
     encoder, _ = load_encoder(options.checkpoint, options.num_heads)
     _, info = read_weights(options.checkpoint)
     if options.network == "untrained":
+        if "arch" not in info:
+            raise UsageError("--network untrained: needs a checkpoint of train.py; `train.py --epochs 0` writes one")
         torch.manual_seed(0)
         names = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
         encoder = VisionTransformer(**{k: info["arch"][k] for k in names}).eval()
     return encoder, info.get("mean") or IMAGENET_MEAN, info.get("std") or IMAGENET_STD, info.get("config", {})
 
 
-def main():
+def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("task", choices=["knn", "linear"])
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="of train.py, of the official MAE code or timm")
@@ -130,7 +133,7 @@ def main():
     parser.add_argument("--data-root", metavar="DIR", help="default: that of the training run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--num-heads", type=int, help="for others' weights whose heads are not 64 wide")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     start = time.perf_counter()
 
     encoder, mean, std, config = load_network(options)
@@ -159,7 +162,6 @@ def main():
                   network=options.network, data=data, checkpoint=options.checkpoint, step=read_weights(options.checkpoint)[1].get("step"),
                   images=len(ids), test_images=len(test), seconds=round(time.perf_counter() - start, 1))
     append_json(Path(options.checkpoint).parent / "eval.jsonl", record)
-    import json
     print(json.dumps(record))
 
 

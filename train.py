@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+from argparse import BooleanOptionalAction
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def parse(argv=None):
     parser = Parser(description=__doc__.split("\n\n")[0], epilog="Several GPUs: torchrun --nproc-per-node N train.py ...")
     for f in dataclasses.fields(Config):
         note = "" if f.default is None else f" (default: {f.default})"
-        kind = dict(action=__import__("argparse").BooleanOptionalAction) if f.type is bool else \
+        kind = dict(action=BooleanOptionalAction) if f.type is bool else \
             dict(type=f.metadata["type"] or f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else "X")
         parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=f.metadata["help"] + note, **kind)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
@@ -156,8 +157,8 @@ def parameter_groups(model, weight_decay):
 
 # --------------------------------------------------------------------------------------------------------------- the run
 
-def main():
-    config = parse()
+def main(argv=None):
+    config = parse(argv)
     rank, world, device, dtype, bf16 = start_device(config)
     out, log = Path(config.out), Path(config.out) / "metrics.jsonl"
     say = (lambda text: print(text, file=sys.stderr, flush=True)) if rank == 0 else lambda text: None

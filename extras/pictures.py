@@ -55,6 +55,6 @@ def reconstructions(model, imgs, noise, mask_ratio, mean, std, path):
     for row, images, name in zip(axes, shown, ("original", "masked", "prediction")):
         row[0].set_ylabel(name)
         for axis, image in zip(row, (images * std + mean).clamp(0, 1)):
-            axis.imshow(image.permute(1, 2, 0) if len(image) == 3 else image[0], cmap="gray", vmin=0, vmax=1)
+            axis.imshow((image.permute(1, 2, 0) if len(image) == 3 else image[0]).numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
     save(figure, path)

@@ -1,0 +1,47 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def run(*args, processes=None, ok=True, **kwargs):
+    """Run `train.py ...` or `eval.py ...` as a user would, in a process of its own; under torchrun with `processes`."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    result = subprocess.run([sys.executable, *launcher, str(ROOT / args[0]), *map(str, args[1:])], capture_output=True,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+    assert not ok or result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """An image folder of 3 classes (hue of a gradient), 24 + 6 PNG files of various sizes each, 16 pixels at least."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 6)):
+        for k, name in enumerate(("blue", "green", "red")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                h, w = rng.integers(16, 30, 2)
+                picture = rng.integers(0, 90, (h, w, 3)) + np.linspace(0, 60, w).astype(int)[None, :, None]
+                picture[..., 2 - k] += 100
+                Image.fromarray(picture.astype(np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def small_run(photos, tmp_path):
+    """Flags of a run of a few seconds: 64 images, patches 4 of 16 pixels, 4 steps an epoch."""
+    return ["--data", "imagefolder", "--data-root", photos, "--img-size", 16, "--patch-size", 4, "--batch-size", 16,
+            "--epochs", 3, "--eval-every", 1, "--log-every", 1, "--device", "cpu", "--out", tmp_path / "run"]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
