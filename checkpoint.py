@@ -7,6 +7,7 @@ ever executed): `model` (state_dict), `arch` (arguments of MaskedAutoencoder), `
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -87,6 +88,34 @@ def read_weights(path):
     if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
         raise UsageError(f"checkpoint {path}: holds no vision transformer (no patch_embed.proj.weight and pos_embed)")
     return state, (file if "arch" in file else {})
+
+
+def load_weights(model, state):
+    """Copy the tensors of `state` into the model; one line on stderr lists what one of the two has and the other lacks.
+
+    Works for official MAE files (full or encoder only), timm's ViTs and our own. Raises UsageError where shapes differ."""
+    own = model.state_dict()
+    wrong = [f"{k}: {list(state[k].shape)} in the file, {list(own[k].shape)} in this model"
+             for k in own if k in state and own[k].shape != state[k].shape]
+    if wrong:
+        raise UsageError(f"weights of another geometry ({wrong[0]})")
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    lists = [("skipped, no place for them", unexpected), ("not in the file, left as they were", missing)]
+    text = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in lists if keys)
+    if text:
+        print(f"loaded {len(own) - len(missing)} tensors; {text}", file=sys.stderr)
+
+
+def geometry(state, num_heads=None):
+    """Arguments of VisionTransformer read off the shapes of its weights, for files that do not say. Square images.
+
+    The number of heads leaves no trace in the shapes: it is D / 64 in all standard ViTs but huge (1280 wide, 16 heads)."""
+    D, C, *patch = state["patch_embed.proj.weight"].shape
+    side = math.isqrt(state["pos_embed"].shape[1] - 1)
+    return dict(img_size=(side * patch[0], side * patch[1]), patch_size=tuple(patch), in_chans=C, embed_dim=D,
+                depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+                num_heads=num_heads or (16 if D == 1280 else max(1, D // 64)),
+                mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / D)
 
 
 def same_config(old, new, free):

@@ -20,15 +20,12 @@ From a checkpoint to features of one's own images:
     tokens = encoder(images)                    # B 1+N D: tokens[:, 0] class token, tokens[:, 1:] patch tokens
 """
 
-import math
-import sys
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
 
-from checkpoint import read_weights
+from checkpoint import geometry, load_weights, read_weights
 
 # Encoder sizes: small, base, large are the ViTs of Dosovitskiy et al. 2021, tiny that of DeiT; micro is ours, for CPUs.
 # Decoders: base and large are MAE's; the narrower ones of the small models are our choice.
@@ -271,34 +268,6 @@ class MaskedAutoencoder(VisionTransformer):
 
 
 # ----------------------------------------------------------------------------------------------------- trained weights
-
-def load_weights(model, state):
-    """Copy the tensors of `state` into the model; one line on stderr lists what one of the two has and the other lacks.
-
-    Works for official MAE files (full or encoder only), timm's ViTs and our own. Raises ValueError where shapes differ."""
-    own = model.state_dict()
-    wrong = [f"{k}: {list(state[k].shape)} in the file, {list(own[k].shape)} in this model"
-             for k in own if k in state and own[k].shape != state[k].shape]
-    if wrong:
-        raise ValueError(f"weights of another geometry ({wrong[0]})")
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    lists = [("skipped, no place for them", unexpected), ("not in the file, left as they were", missing)]
-    text = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in lists if keys)
-    if text:
-        print(f"loaded {len(own) - len(missing)} tensors; {text}", file=sys.stderr)
-
-
-def geometry(state, num_heads=None):
-    """Arguments of VisionTransformer read off the shapes of its weights, for files that do not say. Square images.
-
-    The number of heads leaves no trace in the shapes: it is D / 64 in all standard ViTs but huge (1280 wide, 16 heads)."""
-    D, C, *patch = state["patch_embed.proj.weight"].shape
-    side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    return dict(img_size=(side * patch[0], side * patch[1]), patch_size=tuple(patch), in_chans=C, embed_dim=D,
-                depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-                num_heads=num_heads or (16 if D == 1280 else max(1, D // 64)),
-                mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / D)
-
 
 def load_encoder(path, num_heads=None):
     """A checkpoint of train.py, or a file of official MAE or timm weights -> encoder, transform.

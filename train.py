@@ -24,7 +24,7 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (Parser, UsageError, append_json, load_checkpoint, run_main, same_config, save_checkpoint,
+from checkpoint import (Parser, UsageError, append_json, load_checkpoint, read_json_lines, run_main, same_config, save_checkpoint,
                         truncate_log, write_atomically)
 from data import SETS, Batches, generator, held_out, load_images, mean_std, read
 from eval import monitor
@@ -58,7 +58,7 @@ class Config:
     data_root: str = option("data", "folder of the data set; what can be downloaded is downloaded to it")
     out: str = option(None, "folder of the run (default: runs/RECIPE-DATA-MODEL)")
     epochs: int = option(40, "passes over the training images; 0 writes the untrained network")
-    batch_size: int = option(256, "images per optimiser step, of all processes and micro-batches together")
+    batch_size: int = option(64, "images per optimiser step, of all processes and micro-batches together")
     img_size: int = option(None, "N or HxW; other images are cropped to the centre and resized (default: the data set's)", size)
     patch_size: int = option(None, "N or HxW, dividing the image (default: one that suits the data set)", size)
     lr: float = option(1e-3, "highest learning rate, for whatever batch (MAE at scale: 1.5e-4 x batch / 256)")
@@ -67,7 +67,7 @@ class Config:
     clip: float = option(3.0, "greatest norm of the gradient; 0 does not clip")
     mask_ratio: float = option(0.75, "share of the patches that is hidden (MAE)")
     norm_pix_loss: bool = option(True, "predict pixels standardised within each patch, not plain ones (MAE)")
-    crop: float = option(0.2, "smallest area of a random crop, as a share of the image; 1 does not crop (MAE)")
+    crop: float = option(0.35, "smallest area of a random crop, as a share of the image; 1 does not crop (MAE: 0.2)")
     colours: bool = option(False, "change brightness, contrast, saturation, hue; drop colour (MAE does not)")
     val_fraction: float = option(0.1, "share of the labelled training images kept out of training, for k-NN meanwhile")
     eval_every: int = option(10, "epochs between k-NN, pictures and checkpoints")
@@ -230,7 +230,7 @@ def main(argv=None):
             dict(dataclasses.asdict(config), mean=mean, std=std, channels=images.channels), indent=2).encode()))
         truncate_log(log, start)
         if start == 0:
-            first = look(0)
+            look(0)
     say(f"{config.recipe}, {config.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters) on {config.data}: "
         f"{len(train_ids)} images to train on, {len(val_ids)} held out; {device}, {world} process(es), steps {start} to {total}")
 
@@ -283,6 +283,10 @@ def main(argv=None):
     if world > 1:
         distributed.barrier()
         distributed.destroy_process_group()
+    tests = [r for r in read_json_lines(log) if "knn_mean" in r] if rank == 0 else []
+    if tests:
+        say("k-NN on held-out images, before and after: " + ", ".join(
+            f"{token} token {tests[0]['knn_' + token]:.1%} and {tests[-1]['knn_' + token]:.1%}" for token in ("class", "mean")))
     say(f"done: {out}/checkpoint.pt, curves.png, reconstructions.png; next: python eval.py linear --checkpoint {out}/checkpoint.pt")
 
 

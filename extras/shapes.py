@@ -57,15 +57,20 @@ KINDS = {
 }
 
 
-def texture(rng, x, y):
-    """Two random colours mixed by a few random waves: 3 H W."""
+def texture(rng, x, y, colour):
+    """Two colours around `colour`, mixed by a few random waves: 3 H W."""
     value = np.zeros_like(x)
     for _ in range(3):
-        angle, frequency, phase = rng.uniform(0, 2 * np.pi), rng.uniform(1, 14), rng.uniform(0, 2 * np.pi)
+        angle, frequency, phase = rng.uniform(0, 2 * np.pi), rng.uniform(1, 6), rng.uniform(0, 2 * np.pi)
         value += np.sin(frequency * (np.cos(angle) * x + np.sin(angle) * y) + phase)
     mix = 1 / (1 + np.exp(-rng.uniform(0.5, 4) * value))
-    a, b = rng.uniform(0, 1, (2, 3, 1, 1))
+    a, b = colour[:, None, None] + rng.uniform(-0.15, 0.15, (2, 3, 1, 1))
     return a * mix + b * (1 - mix)
+
+
+def colour(rng, low, high):
+    """A muted random colour, its brightness in low..high."""
+    return rng.uniform(low, high) + rng.uniform(-0.12, 0.12, 3)
 
 
 def scene(index):
@@ -76,22 +81,22 @@ def scene(index):
     yy, xx = np.meshgrid(fine, fine, indexing="ij")
     coarse = lambda a: a.reshape(SIDE, 2, SIDE, 2).mean((1, 3))
     x, y = coarse(xx), coarse(yy)
-    image, mask = texture(rng, x, y), np.zeros((SIDE, SIDE), np.uint8)
+    image, mask = texture(rng, x, y, colour(rng, 0.15, 0.45)), np.zeros((SIDE, SIDE), np.uint8)
     owner = np.zeros((SIDE, SIDE), np.uint8)                              # which object is on top
     count = rng.integers(1, OBJECTS + 1)
-    radii = rng.uniform(0.5, 0.8) * np.concatenate([[1], rng.uniform(0.25, 0.6, count - 1)])
+    radii = rng.uniform(0.45, 0.7) * np.concatenate([[1], rng.uniform(0.25, 0.5, count - 1)])
     kinds = rng.integers(0, len(KINDS), count)
     for n, k in enumerate(rng.permutation(count)):                        # whichever comes last lies on top
-        turn, stretch, centre = rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 1.33), rng.uniform(-1, 1, 2) * (1 - 0.6 * radii[k])
+        turn, stretch, centre = rng.uniform(0, 2 * np.pi), rng.uniform(0.8, 1.25), rng.uniform(-1, 1, 2) * (1 - 0.8 * radii[k])
         c, s = np.cos(turn), np.sin(turn)
         dx, dy = (xx - centre[0]) / radii[k], (yy - centre[1]) / radii[k]
         u, v = (c * dx + s * dy) * stretch, (c * dy - s * dx) / stretch
         cover = coarse(list(KINDS.values())[kinds[k]](u, v).astype(float))
         light = rng.uniform(0, 2 * np.pi)
         shade = 1 + 0.35 * np.clip((np.cos(light) * (x - centre[0]) + np.sin(light) * (y - centre[1])) / radii[k], -1, 1)
-        image = image * (1 - cover) + np.clip(texture(rng, x, y) * shade, 0, 1) * cover
+        image = image * (1 - cover) + np.clip(texture(rng, x, y, colour(rng, 0.55, 0.85)) * shade, 0, 1) * cover
         mask[cover > 0.5], owner[cover > 0.5] = 1 + kinds[k], 1 + k
-    image = np.clip(image + rng.normal(0, 0.02, image.shape), 0, 1)
+    image = np.clip(image + rng.normal(0, 0.01, image.shape), 0, 1)
     multilabel, boxes = np.zeros(len(KINDS), np.uint8), np.full((OBJECTS, 5), -1, np.int16)
     areas = np.array([(owner == 1 + k).sum() for k in range(count)])
     for k in np.flatnonzero(areas):

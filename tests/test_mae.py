@@ -6,7 +6,8 @@ from PIL import Image
 from torch import nn
 
 import mae
-from mae import MaskedAutoencoder, VisionTransformer, load_encoder, load_weights, patchify, random_masking, unpatchify
+from checkpoint import load_weights, read_weights
+from mae import MaskedAutoencoder, VisionTransformer, load_encoder, patchify, random_masking, unpatchify
 
 TOY = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=16,
            decoder_depth=1, decoder_num_heads=2)
@@ -141,7 +142,7 @@ def test_official_file_loads_strictly_and_an_encoder_alone_says_what_is_missing(
     model = MaskedAutoencoder(**{**TOY, "embed_dim": 128})
     torch.save({"model": model.state_dict(), "args": argparse.Namespace(lr=1.0)}, tmp_path / "official.pth")
     copy = MaskedAutoencoder(**{**TOY, "embed_dim": 128})
-    load_weights(copy, mae.read_weights(tmp_path / "official.pth")[0])
+    load_weights(copy, read_weights(tmp_path / "official.pth")[0])
     assert capsys.readouterr().err == ""
     x, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
     assert torch.equal(model(x, 0.75, noise)[0], copy(x, 0.75, noise)[0])
