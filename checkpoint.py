@@ -31,8 +31,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message):
-    """Print the one line; return the exit code of a usage error."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    """Print the one line (of several processes only the first does); return the exit code of a usage error.
+
+    A DataLoader worker hands its error on as a traceback, whose last line says what it is."""
+    line = str(message).strip().splitlines()[-1].removeprefix("checkpoint.UsageError: ")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
     return 2
 
 
@@ -43,8 +47,26 @@ def run_main(main):
     except UsageError as error:
         sys.exit(fail(error))
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; a training run continues from its last checkpoint with the same command", file=sys.stderr)
         sys.exit(130)
+
+
+def find_device(name):
+    """--device -> torch.device; "auto" is the first of cuda, mps, cpu that is there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name}: not to be had here; --device cpu always is") from error
+    return torch.device(name)
+
+
+def make_folder(path, flag):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: cannot be made a folder ({error.strerror})") from error
 
 
 def write_atomically(path, write):
@@ -52,16 +74,17 @@ def write_atomically(path, write):
 
     Whoever opens `path` finds the old content or the new, never half of it, whenever the power goes."""
     path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
+    file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False)
+    try:
+        with file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)     # temporary files are private; results need not be
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.chmod(file.name, 0o644)         # temporary files are private; results need not be
+        os.replace(file.name, path)
+    except BaseException:
+        os.unlink(file.name)
+        raise
 
 
 def save_checkpoint(path, content):
@@ -78,15 +101,16 @@ def load_checkpoint(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UsageError(f"checkpoint {path}: not a checkpoint that can be read safely "
-                         f"({type(error).__name__}: {str(error).splitlines()[0][:100]})") from error
+                         f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})") from error
 
 
 def read_weights(path):
     """Weights of ours, of the official MAE code or of timm -> state_dict, info (`arch`, `mean`, `std`; {} for others)."""
     file = load_checkpoint(path)
-    state = next((file[k] for k in ("model", "state_dict") if k in file), file)
-    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
-        raise UsageError(f"checkpoint {path}: holds no vision transformer (no patch_embed.proj.weight and pos_embed)")
+    state = next((file[k] for k in ("model", "state_dict") if k in file), file) if isinstance(file, dict) else {}
+    lacking = {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} - state.keys()
+    if lacking:
+        raise UsageError(f"checkpoint {path}: holds no vision transformer (no {', '.join(sorted(lacking))})")
     return state, (file if "arch" in file else {})
 
 
@@ -111,10 +135,15 @@ def geometry(state, num_heads=None):
 
     The number of heads leaves no trace in the shapes: it is D / 64 in all standard ViTs but huge (1280 wide, 16 heads)."""
     D, C, *patch = state["patch_embed.proj.weight"].shape
+    if num_heads is None:
+        num_heads = 16 if D == 1280 else max(1, D // 64)
+        print(f"the file does not say how many heads there are: taken as {num_heads}", file=sys.stderr)
+    if D % num_heads:
+        raise UsageError(f"--num-heads {num_heads}: must divide the width of {D}")
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
     return dict(img_size=(side * patch[0], side * patch[1]), patch_size=tuple(patch), in_chans=C, embed_dim=D,
                 depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-                num_heads=num_heads or (16 if D == 1280 else max(1, D // 64)),
+                num_heads=num_heads,
                 mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / D)
 
 
@@ -133,8 +162,9 @@ def append_json(path, record):
 
 
 def read_json_lines(path):
-    """All objects of such a file, [] if there is none."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
+    """All objects of such a file, [] if there is none. A last line cut short by a power cut has no newline: left out."""
+    lines = Path(path).read_text().splitlines(keepends=True) if Path(path).exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def truncate_log(path, step):

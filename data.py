@@ -23,7 +23,7 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as TF
 
-from checkpoint import UsageError
+from checkpoint import UsageError, make_folder
 from extras.shapes import load_shapes
 from mae import pair
 
@@ -38,14 +38,18 @@ SETS = {
     "imagefolder": (224, 16, 3),
 }
 LUMA = (0.2989, 0.587, 0.114)          # grey of red, green, blue (ITU-R BT.601, torchvision's digits)
+# A quarter turn of the two chroma axes of YIQ, as a matrix on red, green, blue: to YIQ, turn, and back. Plain numbers, as
+# to invert a matrix or copy one to a GPU inside the training loop would make the host wait.
+YIQ = np.array([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
+QUARTER_TURN = (np.linalg.inv(YIQ) @ np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ YIQ).tolist()
 
 
 @dataclass
 class Images:
-    """One split of a data set: `pixels` (N C H W uint8), or, for a set that streams, only the `paths` of its files."""
+    """One split of a data set: `pixels` (N C H W uint8, of any size), or, for a set that streams, the `paths` of its files."""
     labels: torch.Tensor                                   # N, int64; -1 where there is no label
     classes: list
-    size: tuple                                            # (H, W) that images have, or are resized to when decoded
+    size: tuple                                            # (H, W) that images are given in, by `read` and `Batches`
     channels: int
     pixels: torch.Tensor | None = None
     paths: list | None = None
@@ -80,15 +84,16 @@ def load_images(name, root, split, size=None, channels=None, resident_gb=4.0):
         pixels = torch.as_tensor(files.data)
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)                    # N C H W
         labels, classes, targets = files.targets, files.classes, {}
-    return Images(torch.as_tensor(labels).long(), list(classes), size, channels, fit(pixels, size, channels), None, targets)
+    return Images(torch.as_tensor(labels).long(), list(classes), size, channels,
+                  fit(pixels, tuple(pixels.shape[2:]), channels), None, targets)
 
 
 def torchvision_set(make, root):
     """A data set of torchvision, downloaded if it is not under root yet."""
     try:
         return make(download=False)
-    except RuntimeError:                                   # torchvision's word for "not found"
-        Path(root).mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, OSError):                        # torchvision's words for "not found"
+        make_folder(root, "--data-root")
     try:
         return make(download=True)
     except (OSError, RuntimeError) as error:
@@ -111,7 +116,8 @@ def folder(root, split, size, channels, resident_gb):
     parents = [p.relative_to(base).parts[0] if p.parent != base else None for p in paths]
     labelled = base != root and None not in parents
     classes = sorted(set(parents)) if labelled else []
-    labels = [classes.index(p) for p in parents] if labelled else [-1] * len(paths)
+    number = {name: i for i, name in enumerate(classes)}
+    labels = [number[p] for p in parents] if labelled else [-1] * len(paths)
     return from_files(paths, labels, classes, size, channels, resident_gb)
 
 
@@ -166,35 +172,37 @@ def mean_std(images):
 def read(images, ids):
     """The images at ids, not augmented: n C H W uint8."""
     if images.pixels is not None:
-        return images.pixels[ids]
+        return fit(images.pixels[ids], images.size, images.channels)
     with ThreadPoolExecutor() as threads:                  # Pillow decodes outside Python's lock
         return torch.stack(list(threads.map(lambda i: decode(images.paths[i], images.size, images.channels), ids)))
 
 
 # -------------------------------------------------------------------------------------- random numbers and augmentation
 
-def generator(*seeds):
-    """A CPU generator that depends on all the seeds (mixed by numpy's SeedSequence: nearby seeds are unrelated)."""
+def generator(seed, purpose, index=0):
+    """A CPU generator for the index-th use of a purpose; numpy's SeedSequence mixes the three: near ones are unrelated."""
+    seeds = seed, {"step": 0, "epoch": 1, "picture": 2}[purpose], index
     return torch.Generator().manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
 def draw(seed, step, batch, views, patches):
     """All random numbers of a step, uniform in 0..1. Always all of them: a switch turned off changes no other number."""
-    g = generator(seed, step)
+    g = generator(seed, "step", step)
     return dict(crop=torch.rand(batch, views, 4, generator=g), flip=torch.rand(batch, views, generator=g),
                 colour=torch.rand(batch, views, 6, generator=g), noise=torch.rand(batch, views, patches, generator=g))
 
 
 def epoch_order(seed, epoch, n):
-    return torch.randperm(n, generator=generator(seed, epoch, 1))
+    return torch.randperm(n, generator=generator(seed, "epoch", epoch))
 
 
 def crop_boxes(u, H, W, out, smallest):
     """Random resized crops (Szegedy et al. 2015): u ... 4 in 0..1 -> top, left, height, width (... 4, whole pixels).
 
     Area uniform in smallest..1 of the image, log of the aspect ratio uniform in 3/4..4/3 times that of the output. A box
-    that sticks out is cut to the image; torchvision draws again up to ten times instead."""
-    area, ratio = smallest + u[..., 0] * (1 - smallest), (4 / 3) ** (2 * u[..., 1] - 1) * out[1] / out[0]
+    that sticks out is cut to the image; torchvision draws again up to ten times instead. smallest = 1 does not crop."""
+    wide = 2 * u[..., 1] - 1 if smallest < 1 else torch.zeros_like(u[..., 1])
+    area, ratio = smallest + u[..., 0] * (1 - smallest), (4 / 3) ** wide * out[1] / out[0]
     h = (area * H * W / ratio).sqrt().round().clamp(1, H)
     w = (area * H * W * ratio).sqrt().round().clamp(1, W)
     top, left = (u[..., 2] * (H - h + 1)).floor(), (u[..., 3] * (W - w + 1)).floor()
@@ -231,7 +239,7 @@ def recolour(x, u):
     hue torchvision goes through HSV. Always in this order (torchvision shuffles it)."""
     u = u.to(x.dtype)
     change = lambda k, amount: ((u[:, 0] < 0.8) * amount * (2 * u[:, k] - 1))[:, None, None, None]      # B 1 1 1
-    luma = lambda x: (x * x.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True) if x.shape[1] == 3 else x
+    luma = lambda x: sum(c * x[:, i:i + 1] for i, c in enumerate(LUMA)) if x.shape[1] == 3 else x       # B 1 H W
     x = (x * (1 + change(1, 0.4))).clamp(0, 1)
     mean = luma(x).mean((2, 3), keepdim=True)
     x = (mean + (x - mean) * (1 + change(2, 0.4))).clamp(0, 1)
@@ -241,10 +249,7 @@ def recolour(x, u):
     scale = (1 + change(3, 0.2)) * (u[:, 5] >= 0.2)[:, None, None, None]
     angle = 2 * math.pi * change(4, 0.1)
     chroma = scale * (x - y)                               # colour without its brightness: a plane through zero
-    # turning that plane by 90 degrees, in RGB: the matrix of YIQ -> RGB times a quarter turn times RGB -> YIQ
-    yiq = x.new_tensor([LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
-    quarter = yiq.inverse() @ x.new_tensor([[0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ yiq
-    turned = torch.einsum("ij,bjhw->bihw", quarter, chroma)
+    turned = torch.cat([sum(row[i] * chroma[:, i:i + 1] for i in range(3)) for row in QUARTER_TURN], dim=1)
     return (y + chroma * angle.cos() + turned * angle.sin()).clamp(0, 1)
 
 
@@ -307,17 +312,17 @@ class Batches:
         return {k: v.unflatten(0, (self.accumulate, self.world, -1))[:, self.rank].flatten(0, 1) for k, v in numbers.items()}
 
     def run(self, start, stop):
-        stream = None
+        stream, cuda = None, self.device.type == "cuda"
         if self.pixels is None:
             plan = (list(zip(n["ids"].tolist(), n["crop"].tolist())) for n in map(self.numbers, range(start, stop)))
             stream = iter(torch.utils.data.DataLoader(CroppedFiles(self.images, self.smallest), batch_sampler=plan,
-                                                      num_workers=self.workers, pin_memory=self.device.type == "cuda"))
+                                                      num_workers=self.workers, pin_memory=cuda))
         for step in range(start, stop):
             numbers = self.numbers(step)
-            if self.device.type == "cuda":                 # from pinned memory the copies do not make the host wait
+            if cuda:                                       # from pinned memory the copies do not make the host wait
                 numbers = {k: v.pin_memory() for k, v in numbers.items()}
-            numbers = {k: v.to(self.device, non_blocking=True) for k, v in numbers.items()}
-            files = next(stream).to(self.device, non_blocking=True) if stream is not None else None                 # (A b) V C H W
+            numbers = {k: v.to(self.device, non_blocking=cuda) for k, v in numbers.items()}
+            files = next(stream).to(self.device, non_blocking=cuda) if stream is not None else None     # (A b) V C H W
             b = self.batch // self.accumulate // self.world
             for k in range(self.accumulate):
                 n = {name: v[k * b:(k + 1) * b] for name, v in numbers.items()}

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import Parser, UsageError, append_json, read_weights, run_main
+from checkpoint import Parser, UsageError, append_json, find_device, run_main
 from data import SETS, held_out, load_images, read
-from mae import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, load_encoder
+from mae import VisionTransformer, load_encoder
 
 LINEAR_RATES = (0.003, 0.03, 0.3, 3.0)     # learning rates tried, a wide net; validation images choose
 
@@ -110,16 +110,18 @@ def monitor(encoder, images, train_ids, val_ids, mean, std, device):
 
 
 def load_network(options):
-    """--network: the trained encoder, the same with fresh random weights, or None for raw pixels; with its mean and std."""
+    """--checkpoint and --network: the trained encoder or the same with fresh random weights, and what the file says."""
     encoder, _ = load_encoder(options.checkpoint, options.num_heads)
-    _, info = read_weights(options.checkpoint)
+    if encoder.in_chans not in (1, 3):
+        raise UsageError(f"--checkpoint {options.checkpoint}: takes {encoder.in_chans} channels; data sets here have 1 or 3")
+    info = encoder.info
     if options.network == "untrained":
         if "arch" not in info:
             raise UsageError("--network untrained: needs a checkpoint of train.py; `train.py --epochs 0` writes one")
         torch.manual_seed(0)
         names = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
         encoder = VisionTransformer(**{k: info["arch"][k] for k in names}).eval()
-    return encoder, info.get("mean") or IMAGENET_MEAN, info.get("std") or IMAGENET_STD, info.get("config", {})
+    return encoder, info
 
 
 def main(argv=None):
@@ -131,12 +133,16 @@ def main(argv=None):
     parser.add_argument("--token", choices=["class", "mean"], help="default: the better one on validation images")
     parser.add_argument("--data", choices=SETS, help="default: what the checkpoint was trained on")
     parser.add_argument("--data-root", metavar="DIR", help="default: that of the training run")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
     parser.add_argument("--num-heads", type=int, help="for others' weights whose heads are not 64 wide")
     options = parser.parse_args(argv)
     start = time.perf_counter()
 
-    encoder, mean, std, config = load_network(options)
+    device = find_device(options.device)
+    if options.network == "pixels" and options.token:
+        raise UsageError(f"--token {options.token}: raw pixels have no tokens; leave it out")
+    encoder, info = load_network(options)
+    config = info.get("config", {})
     data, root = options.data or config.get("data"), options.data_root or config.get("data_root")
     if data is None or root is None:
         raise UsageError("--data, --data-root: this checkpoint does not name a data set; name one")
@@ -146,20 +152,22 @@ def main(argv=None):
     if train.classes != test.classes:
         raise UsageError(f"--data-root {root}: {len(train.classes)} classes to train on and {len(test.classes)} to test on, "
                          f"different: {', '.join(sorted(set(train.classes) ^ set(test.classes))[:5])}")
-    network = None if options.network == "pixels" else encoder.to(options.device)
+    network = None if options.network == "pixels" else encoder.to(device)
     ids = torch.nonzero(train.labels >= 0).flatten()
-    x, test_x = (features(network, images, i, mean, std, options.device)
+    if len(ids) < 10:
+        raise UsageError(f"--data-root {root}: {len(ids)} labelled training images; at least 10 are needed, one to validate on")
+    x, test_x = (features(network, images, i, info["mean"], info["std"], device)
                  for images, i in ((train, ids), (test, torch.arange(len(test)))))
-    y, test_y = train.labels[ids].to(options.device), test.labels.to(options.device)
+    y, test_y = train.labels[ids].to(device), test.labels.to(device)
     _, val_ids = held_out(train, 0.1)                      # the images that train.py holds out by default
-    val = torch.isin(ids, val_ids).to(options.device)
+    val = torch.isin(ids, val_ids).to(device)
 
-    scores = {token: classify(options.task, x[token].to(options.device), y, ~val, val, test_x[token].to(options.device),
+    scores = {token: classify(options.task, x[token].to(device), y, ~val, val, test_x[token].to(device),
                               test_y, len(train.classes)) for token in x}
-    token = options.token if options.token in scores else max(scores, key=scores.get)
+    token = options.token or max(scores, key=scores.get)
     record = dict(task=options.task, top1=scores[token][1], token=token,
                   tokens={t: s[1] for t, s in scores.items()}, validation={t: s[0] for t, s in scores.items()},
-                  network=options.network, data=data, checkpoint=options.checkpoint, step=read_weights(options.checkpoint)[1].get("step"),
+                  network=options.network, data=data, checkpoint=options.checkpoint, step=info.get("step"),
                   images=len(ids), test_images=len(test), seconds=round(time.perf_counter() - start, 1))
     append_json(Path(options.checkpoint).parent / "eval.jsonl", record)
     print(json.dumps(record))

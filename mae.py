@@ -22,6 +22,7 @@ From a checkpoint to features of one's own images:
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import nn
 from torchvision.transforms import v2
 
@@ -147,7 +148,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, round(dim * mlp_ratio))
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
@@ -194,6 +195,8 @@ class VisionTransformer(nn.Module):
 
     def encode(self, imgs, ids_keep=None):
         """B C H W -> B 1+V D: the class token, then the patches at ids_keep (B V), or all of them in order."""
+        if imgs.shape[1:] != (self.in_chans, *self.img_size):
+            raise ValueError(f"images of {tuple(imgs.shape[1:])}: this model takes {(self.in_chans, *self.img_size)}")
         x = self.patch_embed(imgs) + self.pos_embed[:, 1:]                                              # B N D
         if ids_keep is not None:
             x = gather_tokens(x, ids_keep)                                                              # B V D
@@ -273,19 +276,23 @@ def load_encoder(path, num_heads=None):
     """A checkpoint of train.py, or a file of official MAE or timm weights -> encoder, transform.
 
     encoder: a VisionTransformer in eval mode (B C H W -> B 1+N D). transform: what turns a PIL image into its input
-    (C H W, resized, cropped to the centre, standardised with the mean and std of training, ImageNet's for others' files)."""
+    (C H W: the centre, resized, standardised). encoder.info: `mean` and `std` of training (ImageNet's for others' files), and
+    of a file of ours its `config` and `step`."""
     state, info = read_weights(path)
     arch = info.get("arch") or geometry(state, num_heads)
+    if "mean" not in info:
+        C = arch["in_chans"]
+        info = dict(mean=IMAGENET_MEAN if C == 3 else [0.5] * C, std=IMAGENET_STD if C == 3 else [0.5] * C)
     names = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
     encoder = VisionTransformer(**{k: arch[k] for k in names})
     load_weights(encoder, {k: v for k, v in state.items() if not k.startswith(("decoder_", "mask_token"))})
     H, W = encoder.img_size
     transform = v2.Compose([
         v2.Grayscale() if encoder.in_chans == 1 else v2.RGB(),
-        v2.Resize(H if H == W else (H, W), interpolation=v2.InterpolationMode.BICUBIC),
-        v2.CenterCrop((H, W)),
+        v2.Lambda(lambda image: ImageOps.fit(image, (W, H), Image.Resampling.BICUBIC)),
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(info.get("mean") or IMAGENET_MEAN, info.get("std") or IMAGENET_STD),
+        v2.Normalize(info["mean"], info["std"]),
     ])
-    return encoder.eval(), transform
+    encoder.info = {k: v for k, v in info.items() if k not in ("model", "optimizer")}
+    return encoder.eval().requires_grad_(False), transform

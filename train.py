@@ -18,14 +18,15 @@ import time
 from argparse import BooleanOptionalAction
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (Parser, UsageError, append_json, load_checkpoint, read_json_lines, run_main, same_config, save_checkpoint,
-                        truncate_log, write_atomically)
+from checkpoint import (Parser, UsageError, append_json, find_device, load_checkpoint, make_folder, read_json_lines, run_main,
+                        same_config, save_checkpoint, truncate_log, write_atomically)
 from data import SETS, Batches, generator, held_out, load_images, mean_std, read
 from eval import monitor
 from extras.pictures import curves, reconstructions
@@ -109,9 +110,9 @@ def parse(argv=None):
         raise UsageError(f"--mask-ratio {config.mask_ratio}: of {N} patches at least one must stay and one be hidden")
     ranges = dict(epochs=(0, math.inf), batch_size=(1, math.inf), lr=(0, math.inf), weight_decay=(0, math.inf), warmup=(0, 1),
                   clip=(0, math.inf), crop=(1e-3, 1), val_fraction=(0, 0.9), eval_every=(1, math.inf), log_every=(1, math.inf),
-                  accumulate=(1, math.inf), seed=(0, math.inf), workers=(0, math.inf), resident_gb=(0, math.inf))
+                  accumulate=(1, math.inf), seed=(0, 2**63 - 1), workers=(0, math.inf), resident_gb=(0, math.inf))
     for name, (low, high) in ranges.items():
-        if not low <= getattr(config, name) <= high:
+        if math.isinf(getattr(config, name)) or not low <= getattr(config, name) <= high:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be "
                              + (f"{low} or more" if high == math.inf else f"from {low} to {high}"))
     return config
@@ -120,21 +121,22 @@ def parse(argv=None):
 def start_device(config):
     """rank, world size, device, dtype of the weights, whether to use bf16. Starts the process group under torchrun."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and name == "cuda" else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {config.device}: not to be had here; --device cpu always is") from error
+    device = find_device(config.device)
+    if device.type == "cuda" and world > 1:
+        device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    if device.type == "mps" and config.precision == "fp64":
+        raise UsageError("--precision fp64: not to be had on mps; use --device cpu")
+    if config.batch_size % (world * config.accumulate):
+        raise UsageError(f"--batch-size {config.batch_size}: must be a multiple of processes x --accumulate, "
+                         f"{world} x {config.accumulate}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))  # downloads
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    return rank, world, device, dtype, config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    gains = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return rank, world, device, dtype, config.precision == "bf16" or (config.precision == "auto" and gains)
 
 
 # -------------------------------------------------------------------------------------------------------------- schedules
@@ -172,9 +174,8 @@ def main(argv=None):
     train_ids, val_ids = held_out(images, config.val_fraction)
     if config.batch_size > len(train_ids):
         raise UsageError(f"--batch-size {config.batch_size}: more than the {len(train_ids)} images to train on; use fewer")
-    if config.batch_size % (world * config.accumulate):
-        raise UsageError(f"--batch-size {config.batch_size}: must be a multiple of processes x --accumulate, "
-                         f"{world} x {config.accumulate}")
+    if config.norm_pix_loss and images.channels * math.prod(pair(config.patch_size)) == 1:
+        raise UsageError("--patch-size 1: a patch of one number cannot be standardised; use --no-norm-pix-loss")
     mean, std = mean_std(images)
 
     # Model and optimiser.
@@ -194,6 +195,8 @@ def main(argv=None):
     start = 0
     if (out / "checkpoint.pt").exists():
         saved = load_checkpoint(out / "checkpoint.pt")
+        if "config" not in saved or "optimizer" not in saved:
+            raise UsageError(f"--out {out}: its checkpoint.pt is not of train.py; use another --out")
         same_config(saved["config"], dataclasses.asdict(config), FREE)
         start = saved["step"]
         model.load_state_dict(saved["model"])
@@ -209,7 +212,7 @@ def main(argv=None):
     shown = val_ids if len(val_ids) else train_ids
     shown = shown[torch.linspace(0, len(shown) - 1, min(8, len(shown))).long()]
     fixed = (read(images, shown).to(device, dtype) / 255 - batches.mean) / batches.std                  # 8 C H W
-    fixed_noise = torch.rand(len(shown), model.num_patches, generator=generator(config.seed, 2)).to(device)
+    fixed_noise = torch.rand(len(shown), model.num_patches, generator=generator(config.seed, "picture")).to(device)
 
     def look(step):
         """k-NN, pictures, checkpoint: on rank 0, while the others wait for its next gradient."""
@@ -217,18 +220,18 @@ def main(argv=None):
         record = dict(step=step, epoch=step / steps_per_epoch, **monitor(model, images, train_ids, val_ids, mean, std, device))
         model.train()
         append_json(log, record)
-        curves(log, out / "curves.png")
-        reconstructions(model, fixed, fixed_noise, config.mask_ratio, mean, std, out / "reconstructions.png")
         save_checkpoint(out / "checkpoint.pt", dict(
             model=model.state_dict(), arch=arch, optimizer=optimizer.state_dict(), step=step,
             config=dataclasses.asdict(config), mean=mean, std=std))
+        curves(log, out / "curves.png")
+        reconstructions(model, fixed, fixed_noise, config.mask_ratio, mean, std, out / "reconstructions.png")
         return record
 
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out, "--out")
         write_atomically(out / "config.json", lambda file: file.write(json.dumps(
             dict(dataclasses.asdict(config), mean=mean, std=std, channels=images.channels), indent=2).encode()))
-        truncate_log(log, start)
+        truncate_log(log, start or -1)
         if start == 0:
             look(0)
     say(f"{config.recipe}, {config.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters) on {config.data}: "
@@ -264,8 +267,8 @@ def main(argv=None):
                 distributed.all_reduce(loss_sum)
             value, steps = loss_sum.item() / world / (done - logged), done - logged
             seconds = time.perf_counter() - since
-            if not math.isfinite(value):
-                raise RuntimeError(f"the loss is {value} at step {done}; try a lower --lr. The last checkpoint is intact")
+            if not math.isfinite(value + norm.item()):
+                raise RuntimeError(f"the loss is {value}, the gradient {norm.item()} at step {done}; try a lower --lr. The last checkpoint is intact")
             if rank == 0:
                 record = dict(step=done, epoch=done / steps_per_epoch, loss=value, lr=lr, grad_norm=norm.item(),
                               images_per_s=round(steps * config.batch_size / seconds, 1),

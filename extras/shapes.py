@@ -3,9 +3,9 @@
 Every scene is a function of its index. Objects are turned, stretched, shaded, partly hidden or partly outside; their
 colours and textures say nothing about their kind, so that comparing pixels (k-NN) is of little use. Known of a scene:
 the class (kind of the object with the largest visible area), which kinds are visible (multi-label), a segmentation mask,
-and boxes. 6,000 scenes to train on and 2,000 to test on are drawn once (half a minute) and kept under the data root.
+and boxes. 6,000 scenes to train on and 2,000 to test on are drawn once (a quarter of a minute) and kept under the data root.
 
-    python -m extras.shapes PICTURE.png          draws some scenes with their masks and boxes
+    python -m extras.shapes [PICTURE.png]        draws some scenes with their masks and boxes
 """
 
 import sys
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import write_atomically
+from checkpoint import make_folder, write_atomically
 
 SIDE, OBJECTS, VERSION = 64, 4, 1
 SCENES = {"train": (0, 6000), "test": (1_000_000, 2000)}        # first index, number
@@ -110,8 +110,8 @@ def load_shapes(root, split):
     """pixels N 3 64 64 uint8, labels N, classes, targets {multilabel N 10, masks N 64 64, boxes N 4 5} of a split."""
     path = Path(root) / "shapes" / f"{split}-v{VERSION}.npz"
     if not path.exists():
+        make_folder(path.parent, "--data-root")
         print(f"drawing the {split} scenes of shapes (once; kept in {path})", file=sys.stderr)
-        path.parent.mkdir(parents=True, exist_ok=True)
         first, number = SCENES[split]
         columns = [np.stack(c) for c in zip(*(scene(first + i) for i in range(number)))]
         write_atomically(path, lambda f: np.savez(f, **dict(zip(("pixels", "labels", "multilabel", "masks", "boxes"), columns))))
@@ -136,4 +136,4 @@ if __name__ == "__main__":
     for axis in axes.flat:
         axis.axis("off")
     figure.tight_layout()
-    figure.savefig(sys.argv[1])
+    figure.savefig(sys.argv[1] if len(sys.argv) > 1 else "shapes.png")

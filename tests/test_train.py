@@ -1,5 +1,5 @@
 import json
-import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,20 +66,23 @@ def same(a, b, exact=True):
     return len(logs[0])
 
 
-def test_a_run_cut_off_and_continued_equals_one_that_was_not(small_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("cut", [2, 6])                    # before the first checkpoint but that of step 0, and after it
+def test_a_run_cut_off_and_continued_equals_one_that_was_not(small_run, tmp_path, monkeypatch, cut):
     flags = [str(f) for f in small_run[:-1]]
     train.main(flags + [str(tmp_path / "whole")])
     rate = train.learning_rate
 
     def power_cut(step, *args):
-        if step == 6:
+        if step == cut:
             raise OSError("power cut")
         return rate(step, *args)
 
     monkeypatch.setattr(train, "learning_rate", power_cut)
     with pytest.raises(OSError):
         train.main(flags + [str(tmp_path / "cut")])
-    assert read_json_lines(tmp_path / "cut" / "metrics.jsonl")[-1]["step"] == 6          # beyond the checkpoint of step 4
+    assert read_json_lines(tmp_path / "cut" / "metrics.jsonl")[-1]["step"] == cut        # beyond the last checkpoint
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')                      # a line that the power cut halved
     monkeypatch.setattr(train, "learning_rate", rate)
     train.main(flags + [str(tmp_path / "cut")])
     assert same(tmp_path / "whole", tmp_path / "cut") == 12 + 4
@@ -113,6 +116,11 @@ def test_two_processes_equal_one(small_run, tmp_path):
     (["--recipe", "cake"], "--recipe"),
     (["--patch", "4"], "--patch"),
     (["--lr", "nan"], "--lr nan"),
+    (["--lr", "inf"], "--lr inf"),
+    (["--seed", "99999999999999999999999"], "--seed"),
+    (["--out", str(Path(__file__) / "below")], "--out"),
+    (["--data", "shapes", "--data-root", __file__], "--data-root"),
+    (["--data", "fashion-mnist", "--img-size", "28", "--patch-size", "1", "--data-root", __file__], "--data-root"),
 ])
 def test_bad_input_is_one_line_and_writes_nothing(small_run, flags, words, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py"])
