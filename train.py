@@ -58,7 +58,7 @@ class Config:
     data: str = option("shapes", "data set", choices=list(SETS))
     data_root: str = option("data", "folder of the data set; what can be downloaded is downloaded to it")
     out: str = option(None, "folder of the run (default: runs/RECIPE-DATA-MODEL)")
-    epochs: int = option(40, "passes over the training images; 0 writes the untrained network")
+    epochs: int = option(60, "passes over the training images; 0 writes the untrained network")
     batch_size: int = option(64, "images per optimiser step, of all processes and micro-batches together")
     img_size: int = option(None, "N or HxW; other images are cropped to the centre and resized (default: the data set's)", size)
     patch_size: int = option(None, "N or HxW, dividing the image (default: one that suits the data set)", size)
