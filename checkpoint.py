@@ -94,7 +94,7 @@ def save_checkpoint(path, content):
 def load_checkpoint(path):
     """The dictionary at `path`, tensors on the CPU. Raises UsageError if there is none or it cannot be read."""
     if not Path(path).is_file():
-        raise UsageError(f"checkpoint {path}: there is no such file")
+        raise UsageError(f"checkpoint {path}: there is no such file (it is the file checkpoint.pt in the folder of a run)")
     try:
         # official MAE training checkpoints carry their argparse.Namespace, which is plain data too
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -151,7 +151,7 @@ def same_config(old, new, free):
     """Refuse to continue a run with other settings; the names in `free` (device, workers, ...) may change."""
     differ = [k for k in sorted(old.keys() | new.keys()) if k not in free and old.get(k) != new.get(k)]
     if differ:
-        raise UsageError("--out {}: holds a run with other settings: {}; use another --out or the same settings".format(
+        raise UsageError("--out {}: holds a run with other settings: {}; use another --out, or delete that folder".format(
             new["out"], ", ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in differ)))
 
 

@@ -105,8 +105,10 @@ def folder(root, split, size, channels, resident_gb):
     """ROOT/<split>/<class>/*; for training also a plain folder of images, without labels, at any depth."""
     root = Path(root)
     if not root.is_dir():
-        raise UsageError(f"--data-root {root}: there is no such folder")
+        raise UsageError(f"--data-root {root}: there is no such folder; name the one that holds the images")
     names = {"train": ("train", "."), "test": ("test", "val")}[split]
+    if split == "train" and not (root / "train").is_dir() and ((root / "test").is_dir() or (root / "val").is_dir()):
+        raise UsageError(f"--data-root {root}: has images to test on but no folder `train`")
     base = next((root / n for n in names if (root / n).is_dir()), None)
     if base is None:
         raise UsageError(f"--data-root {root}: has neither test/<class>/* nor val/<class>/* to evaluate on")
@@ -114,7 +116,9 @@ def folder(root, split, size, channels, resident_gb):
     if not paths:
         raise UsageError(f"--data-root {root}: no images in {base} ({', '.join(IMG_EXTENSIONS)})")
     parents = [p.relative_to(base).parts[0] if p.parent != base else None for p in paths]
-    labelled = base != root and None not in parents
+    labelled = base != root and any(parents)
+    if labelled and None in parents:
+        raise UsageError(f"--data-root {root}: {paths[parents.index(None)]} lies beside the class folders; move or remove it")
     classes = sorted(set(parents)) if labelled else []
     number = {name: i for i, name in enumerate(classes)}
     labels = [number[p] for p in parents] if labelled else [-1] * len(paths)
@@ -131,7 +135,10 @@ def from_files(paths, labels, classes, size, channels, resident_gb):
 
 def open_image(path, channels):
     try:
-        return Image.open(path).convert({1: "L", 3: "RGB"}[channels])
+        image = Image.open(path)
+        if image.mode[0] in "IF":                          # Pillow would cut these off at 255
+            raise UsageError(f"--data-root: {path} has more than 8 bits a channel; convert it to 8")
+        return image.convert({1: "L", 3: "RGB"}[channels])
     except (UnidentifiedImageError, OSError) as error:
         raise UsageError(f"--data-root: {path} cannot be decoded as an image ({error}); mend or remove it") from error
 

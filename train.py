@@ -57,7 +57,7 @@ class Config:
     model: str = option("micro", "size of the encoder and its decoder", choices=list(SIZES))
     data: str = option("shapes", "data set", choices=list(SETS))
     data_root: str = option("data", "folder of the data set; what can be downloaded is downloaded to it")
-    out: str = option(None, "folder of the run (default: runs/RECIPE-DATA-MODEL)")
+    out: str = option(None, "folder of the run (default: runs/RECIPE-DATA-MODEL; of an imagefolder its name)")
     epochs: int = option(60, "passes over the training images; 0 writes the untrained network")
     batch_size: int = option(64, "images per optimiser step, of all processes and micro-batches together")
     img_size: int = option(None, "N or HxW; other images are cropped to the centre and resized (default: the data set's)", size)
@@ -97,7 +97,8 @@ def parse(argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=f.metadata["help"] + note, **kind)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     config = Config(**{**RECIPES[given.get("recipe", Config.recipe)], **given})
-    config.out = config.out or f"runs/{config.recipe}-{config.data}-{config.model}"
+    source = Path(config.data_root).resolve().name if config.data == "imagefolder" else config.data
+    config.out = config.out or f"runs/{config.recipe}-{source}-{config.model}"
     config.img_size, config.patch_size = config.img_size or SETS[config.data][0], config.patch_size or SETS[config.data][1]
 
     (H, W), (h, w) = pair(config.img_size), pair(config.patch_size)
@@ -107,7 +108,8 @@ def parse(argv=None):
                          f"these do: {', '.join(map(str, fits))}")
     N = (H // h) * (W // w)
     if not 0 < config.mask_ratio < 1 or not 0 < count_visible(N, config.mask_ratio) < N:
-        raise UsageError(f"--mask-ratio {config.mask_ratio}: of {N} patches at least one must stay and one be hidden")
+        raise UsageError(f"--mask-ratio {config.mask_ratio}: of {N} patches (--img-size {config.img_size}, --patch-size "
+                         f"{config.patch_size}) at least one must stay and one be hidden; smaller patches are more")
     ranges = dict(epochs=(0, math.inf), batch_size=(1, math.inf), lr=(0, math.inf), weight_decay=(0, math.inf), warmup=(0, 1),
                   clip=(0, math.inf), crop=(1e-3, 1), val_fraction=(0, 0.9), eval_every=(1, math.inf), log_every=(1, math.inf),
                   accumulate=(1, math.inf), seed=(0, 2**63 - 1), workers=(0, math.inf), resident_gb=(0, math.inf))
@@ -173,7 +175,8 @@ def main(argv=None):
         distributed.barrier()
     train_ids, val_ids = held_out(images, config.val_fraction)
     if config.batch_size > len(train_ids):
-        raise UsageError(f"--batch-size {config.batch_size}: more than the {len(train_ids)} images to train on; use fewer")
+        raise UsageError(f"--batch-size {config.batch_size}: there are {len(train_ids)} images to train on ({len(val_ids)} are "
+                         f"held out); use {len(train_ids)} or less")
     if config.norm_pix_loss and images.channels * math.prod(pair(config.patch_size)) == 1:
         raise UsageError("--patch-size 1: a patch of one number cannot be standardised; use --no-norm-pix-loss")
     mean, std = mean_std(images)
@@ -198,6 +201,8 @@ def main(argv=None):
         if "config" not in saved or "optimizer" not in saved:
             raise UsageError(f"--out {out}: its checkpoint.pt is not of train.py; use another --out")
         same_config(saved["config"], dataclasses.asdict(config), FREE)
+        if (saved["mean"], saved["images"]) != (mean, len(images)):
+            raise UsageError(f"--out {out}: holds a run on other images; use another --out, or delete that folder")
         start = saved["step"]
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -222,7 +227,7 @@ def main(argv=None):
         append_json(log, record)
         save_checkpoint(out / "checkpoint.pt", dict(
             model=model.state_dict(), arch=arch, optimizer=optimizer.state_dict(), step=step,
-            config=dataclasses.asdict(config), mean=mean, std=std))
+            config=dataclasses.asdict(config), mean=mean, std=std, images=len(images)))
         curves(log, out / "curves.png")
         reconstructions(model, fixed, fixed_noise, config.mask_ratio, mean, std, out / "reconstructions.png")
         return record
@@ -234,8 +239,11 @@ def main(argv=None):
         truncate_log(log, start or -1)
         if start == 0:
             look(0)
-    say(f"{config.recipe}, {config.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters) on {config.data}: "
-        f"{len(train_ids)} images to train on, {len(val_ids)} held out; {device}, {world} process(es), steps {start} to {total}")
+    known = f"{len(images.classes)} classes" if images.classes else "no labels, so no k-NN"
+    say(f"{config.recipe}, {config.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters), "
+        f"{model.grid[0]} x {model.grid[1]} patches; {config.data}: {len(train_ids)} images to train on, {len(val_ids)} held out, "
+        f"{known}; {device}, {world} process(es)")
+    say(f"{'continues: ' if 0 < start < total else 'finished already: ' if start else ''}steps {start} to {total}, into {out}")
 
     # The loop.
     stream = batches.run(start, total)
@@ -268,7 +276,8 @@ def main(argv=None):
             value, steps = loss_sum.item() / world / (done - logged), done - logged
             seconds = time.perf_counter() - since
             if not math.isfinite(value + norm.item()):
-                raise RuntimeError(f"the loss is {value}, the gradient {norm.item()} at step {done}; try a lower --lr. The last checkpoint is intact")
+                sys.exit(f"train.py: the loss is {value}, the gradient {norm.item()} at step {done}. The last checkpoint is "
+                         "intact; try a lower --lr, with another --out")
             if rank == 0:
                 record = dict(step=done, epoch=done / steps_per_epoch, loss=value, lr=lr, grad_norm=norm.item(),
                               images_per_s=round(steps * config.batch_size / seconds, 1),
@@ -290,7 +299,8 @@ def main(argv=None):
     if tests:
         say("k-NN on held-out images, before and after: " + ", ".join(
             f"{token} token {tests[0]['knn_' + token]:.1%} and {tests[-1]['knn_' + token]:.1%}" for token in ("class", "mean")))
-    say(f"done: {out}/checkpoint.pt, curves.png, reconstructions.png; next: python eval.py linear --checkpoint {out}/checkpoint.pt")
+    say(f"done: {out}/checkpoint.pt, curves.png, reconstructions.png"
+        + (f"; next: python eval.py linear --checkpoint {out}/checkpoint.pt" if images.classes else ""))
 
 
 if __name__ == "__main__":

@@ -24,13 +24,16 @@ def curves(log, path):
     records = read_json_lines(log)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     losses = [r for r in records if "loss" in r]
-    left.plot([r["epoch"] for r in losses], [r["loss"] for r in losses])
+    left.plot([r["epoch"] for r in losses], [r["loss"] for r in losses], marker="." if len(losses) < 20 else None)
     left.set(title="training loss", xlabel="epoch", ylabel="mean squared error, masked patches")
     tests = [r for r in records if "knn_mean" in r]
     for token, label in (("class", "class token"), ("mean", "mean of patch tokens")):
         right.plot([r["epoch"] for r in tests], [100 * r[f"knn_{token}"] for r in tests], marker=".", label=label)
     right.set(title="k-NN on held-out images", xlabel="epoch", ylabel="accuracy, %")
-    right.legend()
+    if tests:
+        right.legend()
+    else:
+        right.text(0.5, 0.5, "no labelled images held out", ha="center", transform=right.transAxes)
     for axis in (left, right):
         axis.grid(alpha=0.3)
     save(figure, path)

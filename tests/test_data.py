@@ -151,6 +151,17 @@ def test_missing_data_is_an_error_with_a_remedy(tmp_path):
         load_images("imagefolder", tmp_path, "train")
     with pytest.raises(UsageError, match="test"):
         load_images("imagefolder", tmp_path, "test")
+    Image.fromarray(np.full((8, 8), 9000, np.uint16)).save(tmp_path / "broken.png")
+    with pytest.raises(UsageError, match="8 bits"):
+        load_images("imagefolder", tmp_path, "train")
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    for place in ("train/cat/1.png", "train/stray.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / place)
+    with pytest.raises(UsageError, match="stray.png lies beside"):
+        load_images("imagefolder", tmp_path, "train")
+    (tmp_path / "train").rename(tmp_path / "val")
+    with pytest.raises(UsageError, match="no folder `train`"):
+        load_images("imagefolder", tmp_path, "train")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "fashion-mnist", "imagenette"])

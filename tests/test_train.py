@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_run_learns_and_writes_its_files(small_run):
     config = json.loads((out / "config.json").read_text())
     assert config["recipe"] == "mae" and len(config["mean"]) == 3
     again = run("train.py", *small_run, "--epochs", 20, "--eval-every", 10, "--model", "micro", "--colours")
-    assert "steps 80 to 80" in again.stderr and read_json_lines(out / "metrics.jsonl") == records
+    assert "finished already: steps 80 to 80" in again.stderr and read_json_lines(out / "metrics.jsonl") == records
 
     for task in ("knn", "linear"):
         last = json.loads(run("eval.py", task, "--checkpoint", out / "checkpoint.pt").stdout.splitlines()[-1])
@@ -108,7 +109,7 @@ def test_two_processes_equal_one(small_run, tmp_path):
     (["--mask-ratio", "1"], "--mask-ratio"),
     (["--mask-ratio", "0.99"], "--mask-ratio"),
     (["--data-root", "/nowhere"], "--data-root /nowhere: there is no such folder"),
-    (["--batch-size", "1000"], "--batch-size 1000"),
+    (["--batch-size", "1000"], "use 65 or less"),
     (["--batch-size", "15", "--accumulate", "2"], "--batch-size 15: must be a multiple"),
     (["--device", "abacus"], "--device abacus"),
     (["--epochs", "-1"], "--epochs -1"),
@@ -129,6 +130,14 @@ def test_bad_input_is_one_line_and_writes_nothing(small_run, flags, words, capsy
     captured = capsys.readouterr()
     assert stop.value.code == 2 and captured.err.count("\n") == 1 and words in captured.err and not captured.out
     assert not small_run[-1].exists()
+
+
+def test_other_images_are_refused(small_run, photos, tmp_path):
+    train.main([str(f) for f in small_run] + ["--epochs", "0"])
+    shutil.copytree(photos, tmp_path / "other")
+    (tmp_path / "other/train/red/0.png").unlink()
+    with pytest.raises(UsageError, match="other images"):
+        train.main([str(f) for f in small_run] + ["--epochs", "0", "--data-root", str(tmp_path / "other")])
 
 
 def test_another_config_is_refused_and_the_run_left_alone(small_run):
