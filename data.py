@@ -70,9 +70,8 @@ def load_images(name, root, split, size=None, channels=None, resident_gb=4.0):
     if name == "imagefolder":
         return folder(root, split, size, channels, resident_gb)
     if name == "imagenette":
-        files = torchvision_set(lambda **kw: datasets.Imagenette(root, {"test": "val"}.get(split, split), "320px", **kw), root)
-        paths, labels = zip(*files._samples)
-        return from_files(paths, labels, [names[0] for names in files.classes], size, channels, resident_gb)
+        torchvision_set(lambda **kw: datasets.Imagenette(root, size="320px", **kw), root)       # both splits
+        return folder(Path(root) / "imagenette2-320", split, size, channels, resident_gb)
     if name == "shapes":
         pixels, labels, classes, targets = load_shapes(root, split)
     elif name == "stl10":                                  # trains on the 100,000 unlabelled images as well

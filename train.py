@@ -38,8 +38,8 @@ RECIPES = {
 }
 
 
-def option(default, help, type=None, choices=None):
-    return dataclasses.field(default=default, metadata=dict(help=help, type=type, choices=choices))
+def option(default, help, type=None, choices=None, range=None):
+    return dataclasses.field(default=default, metadata=dict(help=help, type=type, choices=choices, range=range))
 
 
 def size(text):
@@ -58,28 +58,28 @@ class Config:
     data: str = option("shapes", "data set", choices=list(SETS))
     data_root: str = option("data", "folder of the data set; what can be downloaded is downloaded to it")
     out: str = option(None, "folder of the run (default: runs/RECIPE-DATA-MODEL; of an imagefolder its name)")
-    epochs: int = option(60, "passes over the training images; 0 writes the untrained network")
-    batch_size: int = option(64, "images per optimiser step, of all processes and micro-batches together")
+    epochs: int = option(60, "passes over the training images; 0 writes the untrained network", range=(0, math.inf))
+    batch_size: int = option(64, "images per optimiser step, of all processes and micro-batches together", range=(1, math.inf))
     img_size: int = option(None, "N or HxW; other images are cropped to the centre and resized (default: the data set's)", size)
     patch_size: int = option(None, "N or HxW, dividing the image (default: one that suits the data set)", size)
-    lr: float = option(1e-3, "highest learning rate, for whatever batch (MAE at scale: 1.5e-4 x batch / 256)")
-    weight_decay: float = option(0.05, "of weight matrices; not of biases, norms, class and mask token (MAE)")
-    warmup: float = option(0.05, "share of the run in which the learning rate rises linearly from 0; then a cosine to 0")
-    clip: float = option(3.0, "greatest norm of the gradient; 0 does not clip")
+    lr: float = option(1e-3, "highest learning rate, for whatever batch (MAE at scale: 1.5e-4 x batch / 256)", range=(0, math.inf))
+    weight_decay: float = option(0.05, "of weight matrices; not of biases, norms, class and mask token (MAE)", range=(0, math.inf))
+    warmup: float = option(0.05, "share of the run in which the learning rate rises linearly from 0; then a cosine to 0", range=(0, 1))
+    clip: float = option(3.0, "greatest norm of the gradient; 0 does not clip", range=(0, math.inf))
     mask_ratio: float = option(0.75, "share of the patches that is hidden (MAE)")
     norm_pix_loss: bool = option(True, "predict pixels standardised within each patch, not plain ones (MAE)")
-    crop: float = option(0.35, "smallest area of a random crop, as a share of the image; 1 does not crop (MAE: 0.2)")
+    crop: float = option(0.35, "smallest area of a random crop, as a share of the image; 1 does not crop (MAE: 0.2)", range=(1e-3, 1))
     colours: bool = option(False, "change brightness, contrast, saturation, hue; drop colour (MAE does not)")
-    val_fraction: float = option(0.1, "share of the labelled training images kept out of training, for k-NN meanwhile")
-    eval_every: int = option(10, "epochs between k-NN, pictures and checkpoints")
-    log_every: int = option(50, "steps between lines of the log")
-    accumulate: int = option(1, "micro-batches a step is computed in, for batches larger than the memory")
-    seed: int = option(0, "of weights, order, crops, colours and masks")
+    val_fraction: float = option(0.1, "share of the labelled training images kept out of training, for k-NN meanwhile", range=(0, 0.9))
+    eval_every: int = option(10, "epochs between k-NN, pictures and checkpoints", range=(1, math.inf))
+    log_every: int = option(50, "steps between lines of the log", range=(1, math.inf))
+    accumulate: int = option(1, "micro-batches a step is computed in, for batches larger than the memory", range=(1, math.inf))
+    seed: int = option(0, "of weights, order, crops, colours and masks", range=(0, 2**63 - 1))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     precision: str = option("auto", "auto: bf16 autocast on GPUs, else fp32", choices=["auto", "bf16", "fp32", "fp64"])
     compile: str = option("auto", "torch.compile; auto: on GPUs", choices=["auto", "on", "off"])
-    workers: int = option(4, "processes that decode images, where the data set streams from the disk")
-    resident_gb: float = option(4.0, "a data set up to this size (decoded) is kept on the device; larger ones stream")
+    workers: int = option(4, "processes that decode images, where the data set streams from the disk", range=(0, math.inf))
+    resident_gb: float = option(4.0, "a data set up to this size (decoded) is kept on the device; larger ones stream", range=(0, math.inf))
 
 
 FREE = {"data_root", "out", "eval_every", "log_every", "device", "workers", "compile"}   # may change when a run continues
@@ -110,12 +110,10 @@ def parse(argv=None):
     if not 0 < config.mask_ratio < 1 or not 0 < count_visible(N, config.mask_ratio) < N:
         raise UsageError(f"--mask-ratio {config.mask_ratio}: of {N} patches (--img-size {config.img_size}, --patch-size "
                          f"{config.patch_size}) at least one must stay and one be hidden; smaller patches are more")
-    ranges = dict(epochs=(0, math.inf), batch_size=(1, math.inf), lr=(0, math.inf), weight_decay=(0, math.inf), warmup=(0, 1),
-                  clip=(0, math.inf), crop=(1e-3, 1), val_fraction=(0, 0.9), eval_every=(1, math.inf), log_every=(1, math.inf),
-                  accumulate=(1, math.inf), seed=(0, 2**63 - 1), workers=(0, math.inf), resident_gb=(0, math.inf))
-    for name, (low, high) in ranges.items():
-        if math.isinf(getattr(config, name)) or not low <= getattr(config, name) <= high:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be "
+    for f in dataclasses.fields(Config):
+        value, (low, high) = getattr(config, f.name), f.metadata["range"] or (None, None)
+        if low is not None and (math.isinf(value) or not low <= value <= high):
+            raise UsageError(f"--{f.name.replace('_', '-')} {value}: must be "
                              + (f"{low} or more" if high == math.inf else f"from {low} to {high}"))
     return config
 
