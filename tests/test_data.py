@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -217,3 +219,16 @@ def test_scenes_are_what_they_say():
         assert set(boxes[boxes[:, 4] >= 0][:, 4]) == set(np.flatnonzero(multilabel))
         for left, top, right, bottom, kind in boxes[boxes[:, 4] >= 0]:
             assert 0 <= left < right <= 64 and 0 <= top < bottom <= 64 and (mask[top:bottom, left:right] == 1 + kind).any()
+
+
+def test_arrays_of_torchvisions_sets(monkeypatch, tmp_path):
+    """What its classes hold, in the shapes they hold it: colour last, grey without a channel, channels first."""
+    made = {"CIFAR10": dict(data=np.random.randint(0, 255, (5, 32, 32, 3), np.uint8), targets=[0, 1, 2, 0, 1], classes="abc"),
+            "FashionMNIST": dict(data=torch.zeros(5, 28, 28, dtype=torch.uint8), targets=torch.tensor([0, 1, 2, 0, 1]), classes="abc"),
+            "STL10": dict(data=np.zeros((5, 3, 96, 96), np.uint8), labels=np.array([0, 1, -1, -1, -1]), classes="abc")}
+    for name, attributes in made.items():
+        monkeypatch.setattr(data.datasets, name, lambda *args, attributes=attributes, **kwargs: SimpleNamespace(**attributes))
+    cifar, fashion, stl = (load_images(name, tmp_path, "train") for name in ("cifar10", "fashion-mnist", "stl10"))
+    assert [tuple(i.pixels.shape[1:]) for i in (cifar, fashion, stl)] == [(3, 32, 32), (1, 28, 28), (3, 96, 96)]
+    assert torch.equal(cifar.pixels[2, :, 3, 4], torch.from_numpy(made["CIFAR10"]["data"][2, 3, 4]))
+    assert cifar.labels.tolist() == [0, 1, 2, 0, 1] and held_out(stl, 0.5)[1].tolist() == [1]
