@@ -20,7 +20,7 @@ from torch import nn
 
 from checkpoint import Parser, UsageError, append_json, find_device, run_main
 from data import SETS, held_out, load_images, read
-from mae import VisionTransformer, load_encoder
+from mae import ENCODER_ARGUMENTS, VisionTransformer, load_encoder
 
 LINEAR_RATES = (0.003, 0.03, 0.3, 3.0)     # learning rates tried, a wide net; validation images choose
 
@@ -120,8 +120,7 @@ def load_network(options):
         if "arch" not in info:
             raise UsageError("--network untrained: needs a checkpoint of train.py; `train.py --epochs 0` writes one")
         torch.manual_seed(0)
-        names = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
-        encoder = VisionTransformer(**{k: info["arch"][k] for k in names}).eval()
+        encoder = VisionTransformer(**{k: info["arch"][k] for k in ENCODER_ARGUMENTS}).eval()
     return encoder, info
 
 
@@ -168,7 +167,7 @@ def main(argv=None):
 
     scores = {token: classify(options.task, x[token].to(device), y, ~val, val, test_x[token].to(device),
                               test_y, len(train.classes)) for token in x}
-    token = options.token or max(scores, key=scores.get)
+    token = options.token or max(scores, key=lambda t: scores[t][0])       # by validation alone: [1] is the test split
     if not options.token and len(scores) > 1:
         print(f"reported: the {token} token, better on validation images; guessing gives {1 / len(train.classes):.1%}", file=sys.stderr)
     record = dict(task=options.task, top1=scores[token][1], token=token,

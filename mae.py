@@ -37,6 +37,7 @@ SIZES = {
     "base": dict(embed_dim=768, depth=12, num_heads=12, decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16),
     "large": dict(embed_dim=1024, depth=24, num_heads=16, decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16),
 }
+ENCODER_ARGUMENTS = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # what official weights were trained with
 
 
@@ -283,8 +284,7 @@ def load_encoder(path, num_heads=None):
     if "mean" not in info:
         C = arch["in_chans"]
         info = dict(mean=IMAGENET_MEAN if C == 3 else [0.5] * C, std=IMAGENET_STD if C == 3 else [0.5] * C)
-    names = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
-    encoder = VisionTransformer(**{k: arch[k] for k in names})
+    encoder = VisionTransformer(**{k: arch[k] for k in ENCODER_ARGUMENTS})
     load_weights(encoder, {k: v for k, v in state.items() if not k.startswith(("decoder_", "mask_token"))})
     H, W = encoder.img_size
     transform = v2.Compose([

@@ -5,6 +5,10 @@ colours and textures say nothing about their kind, so that comparing pixels (k-N
 the class (kind of the object with the largest visible area), which kinds are visible (multi-label), a segmentation mask,
 and boxes. 6,000 scenes to train on and 2,000 to test on are drawn once (a quarter of a minute) and kept under the data root.
 
+How it came to be: six versions were drawn. In the first (strong, fast textures, any colour on any other) `mae` stayed at chance in five
+minutes; each next one was made easier in plain sight (larger contrast between objects and grounds, slower textures), and the choice
+stopped at the first on which `mae`'s k-NN on held-out images rose. Raw pixels got easier too on the way: k-NN 11 %, now 25 %.
+
     python -m extras.shapes [PICTURE.png]        draws some scenes with their masks and boxes
 """
 

@@ -36,6 +36,7 @@ def test_crop_is_torchvisions(box, out):
     torch.testing.assert_close(flipped, TF.hflip(ours), atol=1e-12, rtol=0)
     if box[2:] == out:
         assert torch.equal(ours, TF.crop(x, *box))         # nothing to resize: exact
+        assert torch.equal(flipped, TF.hflip(TF.crop(x, *box)))
 
 
 def test_each_sample_has_its_own_crop():
@@ -130,7 +131,7 @@ def test_streamed_crops_are_resident_crops(tmp_path):
     resident, streamed = (load_images("imagefolder", tmp_path, "train", 16, resident_gb=gb) for gb in (1, 0))
     assert resident.labels.tolist() == [-1] * 8 and len(held_out(resident, 0.5)[1]) == 0     # a plain folder has no labels
     (x, _), (y, _) = (next(batches(images).run(0, 1)) for images in (resident, streamed))
-    torch.testing.assert_close(x, y, atol=2 / 255, rtol=0)
+    torch.testing.assert_close(x, y, atol=0.51 / 255 * 2, rtol=0)
 
 
 def test_image_folder(photos):
