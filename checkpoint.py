@@ -15,58 +15,7 @@ from pathlib import Path
 
 import torch
 
-
-class UsageError(ValueError):
-    """Something the user can mend: its text is one line that names the flag and the remedy. Commands end with code 2."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line, and flags are not abbreviated."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        sys.exit(fail(f"{message} ({self.prog} --help lists what there is)"))
-
-
-def fail(message):
-    """Print the one line (of several processes only the first does); return the exit code of a usage error.
-
-    A DataLoader worker hands its error on as a traceback, whose last line says what it is."""
-    line = str(message).strip().splitlines()[-1].removeprefix("checkpoint.UsageError: ")
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-    return 2
-
-
-def run_main(main):
-    """Run a command: a UsageError is one line on stderr and exit code 2, anything else a traceback, as it is a bug."""
-    try:
-        main()
-    except UsageError as error:
-        sys.exit(fail(error))
-    except KeyboardInterrupt:
-        print("\ninterrupted; a training run continues from its last checkpoint with the same command", file=sys.stderr)
-        sys.exit(130)
-
-
-def find_device(name):
-    """--device -> torch.device; "auto" is the first of cuda, mps, cpu that is there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name}: not to be had here; --device cpu always is") from error
-    return torch.device(name)
-
-
-def make_folder(path, flag):
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{flag} {path}: cannot be made a folder ({error.strerror})") from error
+from extras.command_line import UsageError
 
 
 def write_atomically(path, write):

@@ -8,7 +8,8 @@ number per image. (torchvision's transforms draw one set of parameters for a who
 All random numbers of a step are drawn on the CPU, for the *global* batch, from (seed, step), and sliced by rank. So
 neither workers, nor the number of processes, nor a stop and restart changes them.
 
-Letters:  B images of the global batch, b those of one rank and micro-batch, V views of an image, N patches.
+Letters:  B images of the global batch, b those of one rank and micro-batch, V views of an image,
+          k masks of a view, N patches.
 """
 
 import math
@@ -23,7 +24,7 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as TF
 
-from checkpoint import UsageError, make_folder
+from extras.command_line import UsageError, make_folder
 from extras.shapes import load_shapes
 from mae import pair
 
@@ -191,11 +192,11 @@ def generator(seed, purpose, index=0):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
-def draw(seed, step, batch, views, patches):
+def draw(seed, step, batch, views, masks, patches):
     """All random numbers of a step, uniform in 0..1. Always all of them: a switch turned off changes no other number."""
     g = generator(seed, "step", step)
     return dict(crop=torch.rand(batch, views, 4, generator=g), flip=torch.rand(batch, views, generator=g),
-                colour=torch.rand(batch, views, 6, generator=g), noise=torch.rand(batch, views, patches, generator=g))
+                colour=torch.rand(batch, views, 6, generator=g), noise=torch.rand(batch, views, masks, patches, generator=g))
 
 
 def epoch_order(seed, epoch, n):
@@ -278,7 +279,8 @@ class CroppedFiles(torch.utils.data.Dataset):
 @dataclass
 class Batches:
     """Training batches of one rank. `run(start, stop)` yields, step by step, the `accumulate` micro-batches of a step as
-    pairs: images (V b) C H W, standardised, all first views before all second ones, and mask noise (V b) N.
+    pairs: images (V b) C H W, standardised, all first views before all second ones, and mask noise (k V b) N, one mask of all
+    views before the next.
 
     ids: the images to train on; batch: B, of all ranks and micro-batches together; patches: N; smallest: least area of a
     crop; colours: whether colours are changed. The last, incomplete batch of an epoch is left out."""
@@ -291,6 +293,7 @@ class Batches:
     batch: int
     patches: int
     views: int = 1
+    masks: int = 1
     smallest: float = 0.2
     colours: bool = False
     accumulate: int = 1
@@ -313,7 +316,7 @@ class Batches:
         epoch, place = divmod(step, self.steps_per_epoch)
         if self.epoch != epoch:
             self.epoch, self.order = epoch, self.ids[epoch_order(self.seed, epoch, len(self.ids))]
-        numbers = draw(self.seed, step, self.batch, self.views, self.patches)
+        numbers = draw(self.seed, step, self.batch, self.views, self.masks, self.patches)
         numbers["ids"] = self.order[place * self.batch:(place + 1) * self.batch]
         return {k: v.unflatten(0, (self.accumulate, self.world, -1))[:, self.rank].flatten(0, 1) for k, v in numbers.items()}
 
@@ -335,7 +338,7 @@ class Batches:
                 yield self.augment(n, self.pixels[n["ids"]][:, None] if files is None else files[k * b:(k + 1) * b])
 
     def augment(self, n, x):
-        """x b V C H W (crops) or b 1 C H W (whole images) uint8 -> images (V b) C H W, noise (V b) N."""
+        """x b V C H W (crops) or b 1 C H W (whole images) uint8 -> images (V b) C H W, noise (k V b) N."""
         n = {k: v.transpose(0, 1).flatten(0, 1) for k, v in n.items() if k != "ids"}                    # (V b) ...
         x = x.expand(-1, self.views, -1, -1, -1).transpose(0, 1).flatten(0, 1).to(self.dtype) / 255     # (V b) C H W
         if self.pixels is not None:
@@ -345,4 +348,4 @@ class Batches:
             x = torch.where(n["flip"][:, None, None, None] < 0.5, x.flip(-1), x)
         if self.colours:
             x = recolour(x, n["colour"])
-        return (x - self.mean) / self.std, n["noise"]
+        return (x - self.mean) / self.std, n["noise"].transpose(0, 1).flatten(0, 1)

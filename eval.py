@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import Parser, UsageError, append_json, find_device, run_main
+from checkpoint import append_json
 from data import SETS, held_out, load_images, read
+from extras.command_line import Parser, UsageError, find_device, run_main
 from mae import ENCODER_ARGUMENTS, VisionTransformer, load_encoder
 
 LINEAR_RATES = (0.003, 0.03, 0.3, 3.0)     # learning rates tried, a wide net; validation images choose

@@ -99,6 +99,12 @@ def standardise_patches(patches):
     return (patches - mean) / (var + 1e-6).sqrt()
 
 
+def pixel_target(imgs, patch_size, norm_pix_loss=True):
+    """What the decoder predicts in pixel mode: B C H W -> B N P."""
+    patches = patchify(imgs, patch_size)
+    return standardise_patches(patches) if norm_pix_loss else patches
+
+
 def sincos_positions(dim, grid):
     """Fixed sine-cosine code of each place of a grid (rows, columns): 1 1+N dim, zeros for the class token.
 
@@ -251,9 +257,7 @@ class MaskedAutoencoder(VisionTransformer):
         return self.decoder_norm(x)[:, 1:]                                                              # B N d
 
     def pixel_target(self, imgs):
-        """What the decoder predicts in pixel mode: B C H W -> B N P."""
-        patches = patchify(imgs, self.patch_size)
-        return standardise_patches(patches) if self.norm_pix_loss else patches
+        return pixel_target(imgs, self.patch_size, self.norm_pix_loss)
 
     def forward_loss(self, pred, target, mask):
         """Mean over the masked patches of the mean squared error of a patch; visible patches do not count."""

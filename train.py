@@ -1,12 +1,16 @@
-"""Train a masked autoencoder on images, from one command, on a laptop or on several GPUs.
+"""Train a masked autoencoder with pseudo labels and two teachers, from one command, on a laptop or on several GPUs.
 
-    python train.py                                                          # `shapes`, on a CPU: about five minutes
-    python train.py --data cifar10 --model tiny --epochs 100                 # one GPU
+    python train.py                                                          # `shapes`, on a CPU: some minutes
+    python train.py --recipe mae                                             # or rc-mae, mim-cluster, pl-mae-one-teacher
+    python train.py --data cifar10 --model tiny --batch-size 512 --epochs 100                        # one GPU
     python train.py --data imagefolder --data-root DIR --model small         # DIR/train/<class>/* or a folder of images
-    torchrun --nproc-per-node 8 train.py --data imagefolder --data-root DIR --model base --batch-size 4096
+    torchrun --nproc-per-node 8 train.py --data imagefolder --data-root DIR --model base --batch-size 2048
 
-Writes config.json, metrics.jsonl, checkpoint.pt, curves.png and reconstructions.png into --out. The same command on the
-same --out continues a run that was cut off, bit for bit on a CPU.
+Writes config.json, metrics.jsonl, checkpoint.pt, curves.png, reconstructions.png and clusters.png into --out. The same
+command on the same --out continues a run that was cut off, bit for bit on a CPU.
+
+Letters:  B views in the batch (all first views of the images, then all second ones), k masks of a view, N patches, V visible,
+          D width of the encoder, d of the decoder, K clusters.
 """
 
 import dataclasses
@@ -15,45 +19,42 @@ import math
 import os
 import sys
 import time
-from argparse import BooleanOptionalAction
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch import distributed
+import torch.nn.functional as F
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (Parser, UsageError, append_json, find_device, load_checkpoint, make_folder, read_json_lines, run_main,
-                        same_config, save_checkpoint, truncate_log, write_atomically)
+from checkpoint import append_json, load_checkpoint, read_json_lines, same_config, save_checkpoint, truncate_log, write_atomically
 from data import SETS, Batches, generator, held_out, load_images, mean_std, read
 from eval import monitor
-from extras.pictures import curves, reconstructions
-from mae import SIZES, MaskedAutoencoder, count_visible, pair
+from extras.command_line import UsageError, config_from_flags, find_device, make_folder, option, run_main, size
+from extras.pictures import clusters, curves, reconstructions
+from mae import SIZES, MaskedAutoencoder, count_visible, gather_tokens, init_weights, pair, pixel_target
+from pseudo_labels import (BALANCING, Head, balance, class_token_loss, count_labels, data_token_loss, health, me_max,
+                           over_ranks, signs_of_collapse)
+from teachers import STANDARDISE, between_images, ema_update, half_life, make_teacher, momentum, standardise
 
-# A recipe is a row of settings; a flag given on the command line goes before it.
+# A recipe is a row of settings; a flag given on the command line goes before it. `pl-mae` is the defaults of Config.
 RECIPES = {
-    "mae": dict(),
+    "mae": dict(target="pixels", class_weight=0.0, data_weight=0.0, views=1, colours=False),
+    "rc-mae": dict(target="pixels", class_weight=0.0, data_weight=0.0, views=1, colours=False,
+                   consistency_weight=1.0, reconstruction_half_life="173:inf"),
+    "mim-cluster": dict(target="pixels", teachers=1),
+    "pl-mae-one-teacher": dict(teachers=1),
+    "pl-mae": dict(),
 }
-
-
-def option(default, help, type=None, choices=None, range=None):
-    return dataclasses.field(default=default, metadata=dict(help=help, type=type, choices=choices, range=range))
-
-
-def size(text):
-    """The type of --img-size and --patch-size: "32", or "48x64" for height and width."""
-    numbers = [int(n) for n in text.split("x")]
-    if len(numbers) > 2 or min(numbers) < 1:
-        raise ValueError
-    return numbers[0] if len(numbers) == 1 else numbers
 
 
 @dataclass
 class Config:
     """Everything that decides a run. Kept in config.json and in the checkpoint; each field is a flag."""
-    recipe: str = option("mae", "row of settings, which flags override", choices=list(RECIPES))
+    recipe: str = option("pl-mae", "row of settings, which flags override", choices=list(RECIPES))
     model: str = option("micro", "size of the encoder and its decoder", choices=list(SIZES))
     data: str = option("shapes", "data set", choices=list(SETS))
     data_root: str = option("data", "folder of the data set; what can be downloaded is downloaded to it")
@@ -62,14 +63,38 @@ class Config:
     batch_size: int = option(64, "images per optimiser step, of all processes and micro-batches together", range=(1, math.inf))
     img_size: int = option(None, "N or HxW; other images are cropped to the centre and resized (default: the data set's)", size)
     patch_size: int = option(None, "N or HxW, dividing the image (default: one that suits the data set)", size)
+    # the views
+    views: int = option(2, "views (crops) of an image: with 2, the class token predicts the label of the other one", choices=[1, 2])
+    masks: int = option(1, "masks of a view: more students for one pass of the teachers (data2vec 2.0)", range=(1, 64))
+    mask_ratio: float = option(0.75, "share of the patches that is hidden (MAE)")
+    crop: float = option(0.35, "smallest area of a random crop, as a share of the image; 1 does not crop (MAE: 0.2)", range=(1e-3, 1))
+    colours: bool = option(True, "change brightness, contrast, saturation, hue; drop colour (MC-SSL does, MAE does not)")
+    # the reconstruction
+    rec_weight: float = option(1.0, "weight of the reconstruction; 0 turns it off", range=(0, math.inf))
+    target: str = option("tokens", "what the decoder predicts: pixels, or the reconstruction teacher's tokens", choices=["pixels", "tokens"])
+    norm_pix_loss: bool = option(True, "predict pixels standardised within each patch, not plain ones (MAE)")
+    standardise: str = option("feature", "of token targets: within a token, or a feature over the batch, or that per position",
+                              choices=list(STANDARDISE))
+    consistency_weight: float = option(0.0, "weight of RC-MAE's term: predict the pixels that a teacher predicts", range=(0, math.inf))
+    # the pseudo labels
+    class_weight: float = option(1.0, "weight of the class token's labels; 0 turns them off", range=(0, math.inf))
+    class_clusters: int = option(64, "number of clusters (prototypes) of class tokens", range=(2, math.inf))
+    data_weight: float = option(0.5, "weight of the data (patch) tokens' labels; 0 turns them off", range=(0, math.inf))
+    data_clusters: int = option(128, "number of clusters (prototypes) of data tokens", range=(2, math.inf))
+    data_labels: str = option("both", "which patches predict their labels", choices=["visible", "masked", "both"])
+    balancing: str = option("sinkhorn", "what keeps the labels from gathering in one cluster", choices=list(BALANCING))
+    student_temperature: float = option(0.1, "of the student's predictions (MC-SSL, iBOT)", range=(1e-3, math.inf))
+    teacher_temperature: float = option(0.05, "of the labels; lower is more certain (SwAV)", range=(1e-3, math.inf))
+    # the teachers
+    teachers: int = option(2, "2: one for labels, one for token targets; 1: the labelling teacher does both", choices=[1, 2])
+    labelling_half_life: str = option("0.01", "of the labelling teacher: below 1 a share of the run, else steps; A:B changes", half_life)
+    reconstruction_half_life: str = option("0.01", "of the reconstruction teacher, likewise; without labels, of the only teacher", half_life)
+    # the optimiser
     lr: float = option(1e-3, "highest learning rate, for whatever batch (MAE at scale: 1.5e-4 x batch / 256)", range=(0, math.inf))
-    weight_decay: float = option(0.05, "of weight matrices; not of biases, norms, class and mask token (MAE)", range=(0, math.inf))
+    weight_decay: float = option(0.05, "of weight matrices; not of biases, norms, tokens, prototypes (MAE)", range=(0, math.inf))
     warmup: float = option(0.05, "share of the run in which the learning rate rises linearly from 0; then a cosine to 0", range=(0, 1))
     clip: float = option(3.0, "greatest norm of the gradient; 0 does not clip", range=(0, math.inf))
-    mask_ratio: float = option(0.75, "share of the patches that is hidden (MAE)")
-    norm_pix_loss: bool = option(True, "predict pixels standardised within each patch, not plain ones (MAE)")
-    crop: float = option(0.35, "smallest area of a random crop, as a share of the image; 1 does not crop (MAE: 0.2)", range=(1e-3, 1))
-    colours: bool = option(False, "change brightness, contrast, saturation, hue; drop colour (MAE does not)")
+    # the run
     val_fraction: float = option(0.1, "share of the labelled training images kept out of training, for k-NN meanwhile", range=(0, 0.9))
     eval_every: int = option(10, "epochs between k-NN, pictures and checkpoints", range=(1, math.inf))
     log_every: int = option(50, "steps between lines of the log", range=(1, math.inf))
@@ -85,18 +110,102 @@ class Config:
 FREE = {"data_root", "out", "eval_every", "log_every", "device", "workers", "compile"}   # may change when a run continues
 
 
+# --------------------------------------------------------------------------------------------------------------- one step
+
+class Student(MaskedAutoencoder):
+    """The masked autoencoder with the heads that predict labels; a head with 0 clusters is not there.
+
+    Class head D -> 8/3 D -> 8/3 D -> 2/3 D, data head D -> 2 D -> 2/3 D: for width 192 the 512-512-128 and 384-128 of our start."""
+
+    def __init__(self, class_clusters=0, data_clusters=0, **arch):
+        super().__init__(**arch)
+        D, d = self.decoder_embed.in_features, self.decoder_embed.out_features
+        self.class_head = Head(D, (8 * D // 3, 8 * D // 3), 2 * D // 3, class_clusters) if class_clusters else None
+        self.data_head = Head(D, (2 * D,), 2 * D // 3, data_clusters) if data_clusters else None
+        self.decoder_label = nn.Linear(d, D).apply(init_weights) if data_clusters else None
+
+    def forward(self, imgs, mask_ratio, noise, decode=True):
+        """Views B C H W under the k masks that noise (k B) N chooses -> mask (k B) N; pred, what the decoder predicts of the
+        target (k B) N P; class and data, scores (k B) K and (k B) N K. With decode=False mask and class alone."""
+        imgs = imgs.repeat(len(noise) // len(imgs), 1, 1, 1)                                            # k B C H W
+        z, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)                            # k B 1+V D
+        out = dict(mask=mask)
+        if self.class_head is not None:
+            out["class"] = self.class_head(z[:, 0])                                                     # k B K
+        if decode:
+            states = self.forward_decoder(z, ids_restore)                                               # k B N d
+            out["pred"] = self.decoder_pred(states)                                                     # k B N P
+        if decode and self.data_head is not None:
+            hidden = ids_restore.shape[1] + 1 - z.shape[1]
+            visible = gather_tokens(F.pad(z[:, 1:], (0, 0, 0, hidden)), ids_restore)                    # k B N D, unshuffled
+            y = torch.where(mask[..., None] == 1, self.decoder_label(states), visible)                  # k B N D
+            out["data"] = self.data_head(plain_norm(y))                                                 # k B N K
+        return out
+
+
+def plain_norm(x):
+    """LayerNorm without parameters."""
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def labelling_teacher_step(teacher, imgs, centres, config):
+    """Whole views B C H W -> tokens u B 1+N D and labels {"class": B K, "data": B N K}, of those that have a weight.
+
+    A class token is given the label of the *other* view of its image: what two crops share is their content. A patch is given
+    its own, as other crops have no such patch."""
+    u, labels, by = teacher.encode(imgs), {}, (config.balancing, config.teacher_temperature)
+    if config.class_weight:
+        q = balance(teacher.class_head(u[:, 0]), *by, centres["class"])                                 # B K
+        labels["class"] = q.roll(len(q) // 2, dims=0) if config.views == 2 else q
+    if config.data_weight:
+        scores = teacher.data_head(plain_norm(u[:, 1:]))                                                # B N K
+        labels["data"] = balance(scores.flatten(0, 1), *by, centres["data"]).view_as(scores)
+    return u, labels
+
+
+def reconstruction_teacher_step(teacher, u, imgs, noise, config):
+    """Targets {"rec": B N P, "consistency": k B N P} of those that have a weight. teacher None: u, the labelling teacher's
+    tokens, serve as well."""
+    targets = {}
+    if config.rec_weight and config.target == "tokens":
+        r = u if teacher is None else teacher.encode(imgs)                                              # B 1+N D
+        targets["rec"] = standardise(r[:, 1:], config.standardise)
+        targets["rec_constant"], _ = between_images(targets["rec"])
+        _, targets["rec_between"] = between_images(r[:, 1:])
+    elif config.rec_weight:
+        targets["rec"] = pixel_target(imgs, config.patch_size, config.norm_pix_loss)
+    if config.consistency_weight:                          # RC-MAE's teacher sees what the student sees: the same masks
+        targets["consistency"] = teacher(imgs, config.mask_ratio, noise)["pred"]
+    return targets
+
+
+def losses(out, labels, targets, config):
+    """What the student put out, and what it should have put out -> each term, and their weighted sum as "loss"."""
+    k, t = config.masks, config.student_temperature
+    masks = lambda x: x.repeat(k, *[1] * (x.ndim - 1)) if k > 1 else x         # all masks of a view have its target
+    masked_mean = lambda x: (x * out["mask"]).sum() / out["mask"].sum()
+    terms = {}
+    if config.rec_weight:
+        terms["rec"] = masked_mean((out["pred"] - masks(targets["rec"])).square().mean(-1))
+    if config.consistency_weight:
+        terms["consistency"] = masked_mean((out["pred"] - targets["consistency"]).square().mean(-1))
+    if config.class_weight:
+        terms["class"] = class_token_loss(out["class"], masks(labels["class"]), t)
+    if config.data_weight:
+        terms["data"] = data_token_loss(out["data"], masks(labels["data"]), out["mask"], config.data_labels, t)
+    loss = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
+    if config.balancing == "me-max":                       # each as heavy as the labels that it keeps apart
+        for name in labels:
+            terms[f"{name}_me_max"] = me_max(out[name], t)
+            loss = loss + getattr(config, f"{name}_weight") * terms[f"{name}_me_max"]
+    return dict(terms, loss=loss)
+
+
 # ---------------------------------------------------------------------------------------------------------- the settings
 
 def parse(argv=None):
     """The command line -> Config with nothing left open but "auto". Raises UsageError for what can never be."""
-    parser = Parser(description=__doc__.split("\n\n")[0], epilog="Several GPUs: torchrun --nproc-per-node N train.py ...")
-    for f in dataclasses.fields(Config):
-        note = "" if f.default is None else f" (default: {f.default})"
-        kind = dict(action=BooleanOptionalAction) if f.type is bool else \
-            dict(type=f.metadata["type"] or f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else "X")
-        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=f.metadata["help"] + note, **kind)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    config = Config(**{**RECIPES[given.get("recipe", Config.recipe)], **given})
+    config = config_from_flags(Config, RECIPES, argv, __doc__.split("\n\n")[0])
     source = Path(config.data_root).resolve().name if config.data == "imagefolder" else config.data
     config.out = config.out or f"runs/{config.recipe}-{source}-{config.model}"
     config.img_size, config.patch_size = config.img_size or SETS[config.data][0], config.patch_size or SETS[config.data][1]
@@ -110,11 +219,16 @@ def parse(argv=None):
     if not 0 < config.mask_ratio < 1 or not 0 < count_visible(N, config.mask_ratio) < N:
         raise UsageError(f"--mask-ratio {config.mask_ratio}: of {N} patches (--img-size {config.img_size}, --patch-size "
                          f"{config.patch_size}) at least one must stay and one be hidden; smaller patches are more")
-    for f in dataclasses.fields(Config):
-        value, (low, high) = getattr(config, f.name), f.metadata["range"] or (None, None)
-        if low is not None and (math.isinf(value) or not low <= value <= high):
-            raise UsageError(f"--{f.name.replace('_', '-')} {value}: must be "
-                             + (f"{low} or more" if high == math.inf else f"from {low} to {high}"))
+    if not any((config.rec_weight, config.class_weight, config.data_weight, config.consistency_weight)):
+        raise UsageError("--rec-weight, --class-weight, --data-weight: all are 0, so there is nothing to learn; raise one")
+    if config.consistency_weight and config.target == "tokens":
+        raise UsageError("--consistency-weight: compares predicted pixels; use --target pixels")
+    views = config.batch_size // config.accumulate * config.views
+    for name, samples in (("class", views), ("data", views * N)):
+        K = getattr(config, f"{name}_clusters")
+        if getattr(config, f"{name}_weight") and K > samples:
+            raise UsageError(f"--{name}-clusters {K}: more than the {samples} samples of a micro-batch that are shared out among "
+                             f"them; use {samples // 4} or less, or a larger --batch-size")
     return config
 
 
@@ -138,8 +252,6 @@ def start_device(config):
     gains = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return rank, world, device, dtype, config.precision == "bf16" or (config.precision == "auto" and gains)
 
-
-# -------------------------------------------------------------------------------------------------------------- schedules
 
 def learning_rate(step, total, config):
     """Linear warm-up from 0, then a cosine to 0, by the optimiser step."""
@@ -179,21 +291,30 @@ def main(argv=None):
         raise UsageError("--patch-size 1: a patch of one number cannot be standardised; use --no-norm-pix-loss")
     mean, std = mean_std(images)
 
-    # Model and optimiser.
+    # Student, teachers, optimiser.
     arch = dict(img_size=config.img_size, patch_size=config.patch_size, in_chans=images.channels, mlp_ratio=4.0,
                 norm_pix_loss=config.norm_pix_loss, **SIZES[config.model])
+    if config.target == "tokens":
+        arch["target_dim"] = arch["embed_dim"]
+    labelled = {name: getattr(config, f"{name}_clusters") for name in ("class", "data") if getattr(config, f"{name}_weight")}
+    arch |= {f"{name}_clusters": K for name, K in labelled.items()}
     torch.manual_seed(config.seed)
-    model = MaskedAutoencoder(**arch).to(device, dtype)
+    model = Student(**arch).to(device, dtype)
+    teachers, decoder = {}, ("decoder_", "mask_token")
+    if labelled:
+        teachers["labelling"] = make_teacher(model, without=decoder)
+    if not labelled or config.teachers == 2:               # in `mae` it has no task: the weights are averaged to be judged
+        teachers["reconstruction"] = make_teacher(model, ("class_head", "data_head") + (() if config.consistency_weight else decoder))
+    centres = {name: torch.zeros(K, device=device, dtype=dtype) for name, K in labelled.items()}
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), betas=(0.9, 0.95),
                                   fused=device.type == "cuda")
-    batches = Batches(images, train_ids, mean, std, config.seed, config.batch_size, model.num_patches, smallest=config.crop,
-                      colours=config.colours, accumulate=config.accumulate, rank=rank, world=world, device=device,
-                      dtype=dtype, workers=config.workers)
+    batches = Batches(images, train_ids, mean, std, config.seed, config.batch_size, model.num_patches, config.views,
+                      config.masks, config.crop, config.colours, config.accumulate, rank, world, device, dtype, config.workers)
     steps_per_epoch = batches.steps_per_epoch
     total, eval_steps = config.epochs * steps_per_epoch, config.eval_every * steps_per_epoch
 
     # A run that was cut off continues; another run's folder is left alone.
-    start = 0
+    start, parts = 0, dict(model=model, optimizer=optimizer, **{f"{name}_teacher": t for name, t in teachers.items()})
     if (out / "checkpoint.pt").exists():
         saved = load_checkpoint(out / "checkpoint.pt")
         if "config" not in saved or "optimizer" not in saved:
@@ -202,32 +323,42 @@ def main(argv=None):
         if (saved["mean"], saved["images"]) != (mean, len(images)):
             raise UsageError(f"--out {out}: holds a run on other images; use another --out, or delete that folder")
         start = saved["step"]
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-    student = model
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        for name, centre in centres.items():
+            centre.copy_(saved["centres"][name])
+    student, decode = model, bool(config.rec_weight or config.data_weight or config.consistency_weight)
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         model.compile()
-    if world > 1:
-        student = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        for teacher in teachers.values():
+            teacher.encode = torch.compile(teacher.encode)
+    if world > 1:                                          # class labels alone leave the decoder idle
+        student = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                          find_unused_parameters=not config.rec_weight or config.data_labels == "visible")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    judged = teachers["reconstruction"] if config.consistency_weight else model            # RC-MAE keeps its teacher
 
     # What is looked at from time to time: always the same images under the same masks.
     shown = val_ids if len(val_ids) else train_ids
-    shown = shown[torch.linspace(0, len(shown) - 1, min(8, len(shown))).long()]
-    fixed = (read(images, shown).to(device, dtype) / 255 - batches.mean) / batches.std                  # 8 C H W
-    fixed_noise = torch.rand(len(shown), model.num_patches, generator=generator(config.seed, "picture")).to(device)
+    shown = shown[torch.linspace(0, len(shown) - 1, min(500, len(shown))).long()]
+    fixed = ((read(images, shown).to(device, dtype) / 255 - batches.mean) / batches.std)                # 500 C H W
+    fixed_noise = torch.rand(8, model.num_patches, generator=generator(config.seed, "picture")).to(device)
 
     def look(step):
         """k-NN, pictures, checkpoint: on rank 0, while the others wait for its next gradient."""
         model.eval()
-        record = dict(step=step, epoch=step / steps_per_epoch, **monitor(model, images, train_ids, val_ids, mean, std, device))
-        model.train()
+        record = dict(step=step, epoch=step / steps_per_epoch, **monitor(judged, images, train_ids, val_ids, mean, std, device))
         append_json(log, record)
         save_checkpoint(out / "checkpoint.pt", dict(
-            model=model.state_dict(), arch=arch, optimizer=optimizer.state_dict(), step=step,
+            {name: part.state_dict() for name, part in parts.items()}, centres=centres, arch=arch, step=step,
             config=dataclasses.asdict(config), mean=mean, std=std, images=len(images)))
         curves(log, out / "curves.png")
-        reconstructions(model, fixed, fixed_noise, config.mask_ratio, mean, std, out / "reconstructions.png")
+        if config.rec_weight:
+            teacher = teachers.get("reconstruction", teachers.get("labelling"))
+            reconstructions(model, teacher, config, fixed, fixed_noise, mean, std, out / "reconstructions.png")
+        if labelled:
+            clusters(teachers["labelling"], config, fixed, mean, std, out / "clusters.png")
+        model.train()
         return record
 
     if rank == 0:
@@ -245,7 +376,7 @@ def main(argv=None):
 
     # The loop.
     stream = batches.run(start, total)
-    loss_sum, waited, since, logged = torch.zeros((), device=device, dtype=dtype), 0.0, time.perf_counter(), start
+    sums, waited, since, logged, warned = defaultdict(float), 0.0, time.perf_counter(), start, set()
     for step in range(start, total):
         lr = learning_rate(step, total, config)
         for group in optimizer.param_groups:
@@ -253,41 +384,57 @@ def main(argv=None):
 
         for micro in range(config.accumulate):
             asked = time.perf_counter()
-            imgs, noise = next(stream)                                                                  # b C H W, b N
+            imgs, noise = next(stream)                                                                  # B C H W, k B N
             waited += time.perf_counter() - asked
             last = micro == config.accumulate - 1
             with nullcontext() if last or world == 1 else student.no_sync():     # ranks exchange gradients once a step
                 with autocast:
-                    loss, _, _ = student(imgs, config.mask_ratio, noise)
-                (loss / config.accumulate).backward()
-            loss_sum += loss.detach() / config.accumulate
+                    predicted = student(imgs, config.mask_ratio, noise, decode)
+                    with torch.no_grad():
+                        u, labels = labelling_teacher_step(teachers["labelling"], imgs, centres, config) if labelled else (None, {})
+                        targets = reconstruction_teacher_step(teachers.get("reconstruction"), u, imgs, noise, config)
+                    terms = losses(predicted, labels, targets, config)
+                (terms["loss"] / config.accumulate).backward()
+            counts = {f"{name}_counts": count_labels(q) for name, q in labels.items()}
+            for name, value in (terms | counts | {k: v for k, v in targets.items() if v.ndim == 0}).items():
+                sums[name] += value.detach() / config.accumulate
 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
+        momenta = {name: momentum(step, total, getattr(config, f"{name}_half_life")) for name in teachers}
+        for name, teacher in teachers.items():             # once per optimiser step, whatever --accumulate
+            ema_update(teacher, model, momenta[name])
 
         done = step + 1
         look_now = done == total or done % eval_steps == 0
         if look_now or done % config.log_every == 0:       # only here does the host wait for the device
-            if world > 1:
-                distributed.all_reduce(loss_sum)
-            value, steps = loss_sum.item() / world / (done - logged), done - logged
-            seconds = time.perf_counter() - since
-            if not math.isfinite(value + norm.item()):
-                sys.exit(f"train.py: the loss is {value}, the gradient {norm.item()} at step {done}. The last checkpoint is "
-                         "intact; try a lower --lr, with another --out")
+            steps, seconds = done - logged, time.perf_counter() - since
+            means = {name: over_ranks(value) / world / steps for name, value in sums.items()}
+            record = dict(step=done, epoch=done / steps_per_epoch)
+            for name, value in means.items():
+                if name.endswith("_counts"):
+                    K, name = labelled[name.removesuffix("_counts")], name.removesuffix("_counts")
+                    record |= {f"{name}_ln_k": math.log(K)} | {f"{name}_{k}": v for k, v in health(value).items()}
+                else:
+                    record[name] = value.item()
+            record |= dict({f"{name}_momentum": m for name, m in momenta.items()}, lr=lr, grad_norm=norm.item(),
+                           images_per_s=round(steps * config.batch_size / seconds, 1), data_wait=round(waited / seconds, 4),
+                           eta_s=round((total - done) * seconds / steps, 1))
+            if not math.isfinite(record["loss"] + record["grad_norm"]):
+                sys.exit(f"train.py: the loss is {record['loss']}, the gradient {record['grad_norm']} at step {done}. The last "
+                         "checkpoint is intact; try a lower --lr, with another --out")
             if rank == 0:
-                record = dict(step=done, epoch=done / steps_per_epoch, loss=value, lr=lr, grad_norm=norm.item(),
-                              images_per_s=round(steps * config.batch_size / seconds, 1),
-                              data_wait=round(waited / seconds, 4), eta_s=round((total - done) * seconds / steps, 1))
                 append_json(log, record)
-                say("step {step:6d}  epoch {epoch:6.1f}  loss {loss:.4f}  lr {lr:.1e}  gradient {grad_norm:.2f}  "
-                    "{images_per_s:.0f} images/s  data {data_wait:.0%}  {eta_s:.0f} s to go".format(**record))
+                say(line(record))
+                for sign in signs_of_collapse(record) - warned if done > total / 10 else ():
+                    say(f"   warning: {sign}")
+                    warned.add(sign)
                 if look_now:
                     found = look(done)
                     if "knn_mean" in found:
                         say(f"   k-NN on held-out images: class token {found['knn_class']:.1%}, mean token {found['knn_mean']:.1%}")
-            loss_sum.zero_()
+            sums.clear()
             waited, since, logged = 0.0, time.perf_counter(), done
 
     if world > 1:
@@ -297,8 +444,18 @@ def main(argv=None):
     if tests:
         say("k-NN on held-out images, before and after: " + ", ".join(
             f"{token} token {tests[0]['knn_' + token]:.1%} and {tests[-1]['knn_' + token]:.1%}" for token in ("class", "mean")))
-    say(f"done: {out}/checkpoint.pt, curves.png, reconstructions.png"
+    say(f"done: {out}/checkpoint.pt and its pictures"
         + (f"; next: python eval.py linear --checkpoint {out}/checkpoint.pt" if images.classes else ""))
+
+
+def line(record):
+    """A record of the log as a line for the screen."""
+    parts = ["step {step:6d}  epoch {epoch:6.1f}  loss {loss:.4f}".format(**record)]
+    for name, bound, sign in (("rec", "rec_constant", "constant"), ("consistency", "", ""), ("class", "class_ln_k", "ln K"),
+                              ("data", "data_ln_k", "ln K")):
+        if name in record:
+            parts.append(f"{name} {record[name]:.3f}" + (f" ({sign} {record[bound]:.2f})" if bound in record else ""))
+    return "  ".join([*parts, "{images_per_s:.0f} images/s  {eta_s:.0f} s to go".format(**record)])
 
 
 if __name__ == "__main__":

@@ -40,12 +40,21 @@ def curves(log, path):
 
 
 @torch.no_grad()
-def reconstructions(model, imgs, noise, mask_ratio, mean, std, path):
+def clusters(*a):
+    pass
+
+
+@torch.no_grad()
+def reconstructions(model, teacher, config, imgs, noise, mean, std, path):
     """Original, masked, prediction (with the visible patches in place) of the standardised images B C H W.
 
     A model of standardised patches says nothing about a patch's own brightness and contrast; the picture lends it those of
     the original. Without that, its predictions look like grey noise."""
-    _, pred, mask = model.forward(imgs, mask_ratio, noise)     # not model(...): eight images are not worth compiling for
+    if config.target == 'tokens':
+        return
+    imgs = imgs[:8]
+    out = model.forward(imgs, config.mask_ratio, noise)
+    pred, mask = out['pred'], out['mask']     # not model(...): eight images are not worth compiling for
     patches = patchify(imgs, model.patch_size)                                                          # B N P
     if model.norm_pix_loss:
         pred = pred * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import make_folder, write_atomically
+from checkpoint import write_atomically
+from extras.command_line import make_folder
 
 SIDE, OBJECTS, VERSION = 64, 4, 1
 SCENES = {"train": (0, 6000), "test": (1_000_000, 2000)}        # first index, number

@@ -1,0 +1,172 @@
+"""Pseudo labels: cluster assignments that a teacher makes of its tokens, and that a student learns to predict.
+
+    head        token ─ MLP ─ unit vector ─ cosine with K learned prototypes = scores                      S K
+    labels      the teacher's scores, sharpened and balanced over the batch, no gradient: q                S K
+    loss        cross-entropy of the student's scores of *its* view of the same thing:  − Σ_k q_k log p_k
+
+A prototype is the centre of a cluster. Nothing says which cluster is right, so all tokens could gather in one and the loss
+would be zero: *balancing* forbids it. `sinkhorn` gives every cluster the same share of each batch; `centring` subtracts from
+each cluster its running mean score; ME-MAX leaves the labels alone and rewards a student whose mean prediction is uniform.
+
+A student that predicts 1/K for everything has a loss of ln K: the line of collapse, logged beside the label losses.
+
+Letters:  S samples of one balancing call (tokens of all images of a micro-batch, here and on the other ranks), K clusters,
+          D width of the encoder, B images, N patches.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import distributed, nn
+
+BALANCING = ("sinkhorn", "centring", "me-max")
+CENTRE_MOMENTUM = 0.9              # of the running mean score (DINO)
+
+
+class Head(nn.Module):
+    """An MLP onto the unit sphere and the cosine with K prototypes: tokens ... D -> scores ... K, in -1..1.
+
+    Without batch norm, so that what a token scores does not depend on the batch it is in."""
+
+    def __init__(self, dim, hidden, bottleneck, clusters):
+        """hidden: widths of the hidden layers, a tuple; bottleneck: width of the sphere."""
+        super().__init__()
+        widths = (dim, *hidden, bottleneck)
+        layers = [layer for pair in zip(widths, widths[1:]) for layer in (nn.Linear(*pair), nn.GELU())]
+        self.mlp = nn.Sequential(*layers[:-1])
+        self.prototypes = nn.Parameter(torch.randn(clusters, bottleneck))      # only their directions count
+        for layer in self.mlp[::2]:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x):
+        x = F.normalize(self.mlp(x), dim=-1)                                                            # ... bottleneck
+        return x @ F.normalize(self.prototypes, dim=-1).to(x.dtype).T                                   # ... K
+
+
+# ------------------------------------------------------------------------------------------------------ over all ranks
+
+def over_ranks(x, operation="SUM"):
+    """x summed (or "MAX") over the processes of a torchrun, on each of them; x itself where there is one process."""
+    if distributed.is_initialized():
+        x = x.clone()
+        distributed.all_reduce(x, getattr(distributed.ReduceOp, operation))
+    return x
+
+
+def mean_over_ranks(x):
+    """The mean of x over the processes. Each has an equal part of the batch, so a mean of means is the mean.
+
+    Where x carries gradient, the gradient of the mean is handed to x undivided: DistributedDataParallel averages the gradients
+    of the parameters over ranks later, and that is the division."""
+    if not distributed.is_initialized():
+        return x
+    return x + (over_ranks(x.detach()) / distributed.get_world_size() - x.detach())
+
+
+# ----------------------------------------------------------------------------------------------------- balanced labels
+
+@torch.no_grad()
+def sinkhorn(scores, temperature=0.05, iterations=3):
+    """Sinkhorn-Knopp: labels S K whose rows sum to 1 and whose columns (clusters) sum to nearly S / K.
+
+    exp(scores / temperature) has its columns and its rows normalised in turn, rows last, so that these are exact. All in log
+    space and at least float32: the exponential of unnormalised scores overflows. Over several ranks only K numbers travel.
+    Temperature and iterations as in SwAV (Caron et al. 2020)."""
+    log_q = scores.to(torch.promote_types(scores.dtype, torch.float32)) / temperature                   # S K
+    for _ in range(iterations):
+        top = over_ranks(log_q.amax(0), "MAX")                                                          # K
+        log_q = log_q - top - over_ranks((log_q - top).exp().sum(0)).log()     # clusters: logsumexp over all samples is 0
+        log_q = log_q.log_softmax(dim=1)                                       # samples: probabilities of a row sum to 1
+    return log_q.exp()
+
+
+@torch.no_grad()
+def centring(scores, centre, temperature=0.05):
+    """softmax((scores - centre) / temperature), S K (DINO, Caron et al. 2021). `centre` (K), the running mean of the scores
+    over batches and ranks, is moved in place, after its use."""
+    labels = ((scores - centre).to(torch.promote_types(scores.dtype, torch.float32)) / temperature).softmax(dim=1)
+    centre.lerp_(mean_over_ranks(scores.mean(0)).to(centre.dtype), 1 - CENTRE_MOMENTUM)
+    return labels
+
+
+@torch.no_grad()
+def sharpen(scores, temperature=0.05):
+    """softmax(scores / temperature), S K: labels that nothing balances; for ME-MAX, which balances the predictions."""
+    return (scores.to(torch.promote_types(scores.dtype, torch.float32)) / temperature).softmax(dim=1)
+
+
+def balance(scores, how, temperature, centre):
+    """The teacher's scores S K as labels S K, by one of BALANCING."""
+    if how == "sinkhorn":
+        return sinkhorn(scores, temperature)
+    return centring(scores, centre, temperature) if how == "centring" else sharpen(scores, temperature)
+
+
+# ------------------------------------------------------------------------------------------------------------ the losses
+
+def label_loss(scores, labels, temperature=0.1):
+    """Cross-entropy of each sample: student's scores ... K, labels ... K -> ...; between H(labels) and infinity."""
+    return -(labels * F.log_softmax(scores / temperature, dim=-1)).sum(-1)
+
+
+def class_token_loss(scores, labels, temperature=0.1):
+    """Class tokens' scores B K against the labels of the other view of the image (or of the same, if there is one): scalar."""
+    return label_loss(scores, labels, temperature).mean()
+
+
+def data_token_loss(scores, labels, mask, where="both", temperature=0.1):
+    """Patches' scores B N K against labels B N K, mask B N (1 masked): the mean over the masked patches, predicted from the
+    decoder's states, over the visible ones, predicted from the encoder's tokens, or the mean of these two means."""
+    loss = label_loss(scores, labels, temperature)                                                      # B N
+    masked, visible = (loss * mask).sum() / mask.sum(), (loss * (1 - mask)).sum() / (1 - mask).sum()
+    return {"masked": masked, "visible": visible, "both": (masked + visible) / 2}[where]
+
+
+def me_max(scores, temperature=0.1):
+    """ln K - H(mean prediction over samples and ranks) >= 0, 0 where all clusters are used alike: the mean-entropy
+    maximisation of MSN (Assran et al. 2022), as a loss; scores ... K of the student, with gradient."""
+    mean = mean_over_ranks((scores / temperature).softmax(-1).flatten(0, -2).mean(0))                   # K
+    return math.log(len(mean)) + torch.special.xlogy(mean, mean).sum()
+
+
+# --------------------------------------------------------------------------------------------- the health of the labels
+
+def count_labels(labels):
+    """What `health` needs of labels ... K, as one vector that can be added up over steps and ranks: 2 K + 2 numbers."""
+    labels = labels.flatten(0, -2)                                                                      # S K
+    hits = torch.zeros_like(labels[0]).scatter_add_(0, labels.argmax(1), torch.ones_like(labels[:, 0]))
+    entropy = -torch.special.xlogy(labels, labels).sum()
+    return torch.cat([labels.sum(0), hits, torch.stack([entropy, entropy.new_tensor(len(labels))])])
+
+
+def health(counts):
+    """Counts of labels -> numbers that say whether they are worth predicting:
+
+    entropy     mean entropy of a label, in nats: ln K where labels say nothing, 0 where they are certain
+    clusters    how many clusters are the most probable one of some sample
+    effective   exp of the entropy of the mean label, 1..K: clusters in use if all were used alike
+    largest     share of the samples whose most probable cluster is the commonest one"""
+    (mass, hits), (entropy, samples) = counts[:-2].chunk(2), counts[-2:]
+    mean = mass / samples
+    return dict(entropy=(entropy / samples).item(), clusters=int((hits > 0).sum()),
+                effective=torch.special.xlogy(mean, mean).sum().neg().exp().item(), largest=(hits.max() / samples).item())
+
+
+def signs_of_collapse(record):
+    """Sentences on what looks wrong in a record of the log: a set, empty in health."""
+    signs = set()
+    for name in ("class", "data"):
+        if f"{name}_ln_k" not in record:
+            continue
+        ln_k, effective = record[f"{name}_ln_k"], record[f"{name}_effective"]
+        if record[name] > 0.99 * ln_k:
+            signs.add(f"the {name} loss stays at ln K = {ln_k:.2f}: labels are not being predicted")
+        if record[f"{name}_entropy"] > 0.98 * ln_k:
+            signs.add(f"the {name} labels are nearly uniform: they say nothing; try a lower --teacher-temperature")
+        if effective < max(2, 0.1 * math.exp(ln_k)):
+            signs.add(f"the {name} labels gather in few of their clusters: try --balancing sinkhorn or fewer clusters")
+    if record.get("rec_between", 1) < 0.05:
+        signs.add("the token targets hardly differ between images: they can be predicted without looking")
+    return signs
