@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from extras.command_line import UsageError
+from extras.images import IMAGENET_MEAN, IMAGENET_STD
 
 
 def write_atomically(path, write):
@@ -53,14 +54,30 @@ def load_checkpoint(path):
                          f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})") from error
 
 
-def read_weights(path):
-    """Weights of ours, of the official MAE code or of timm -> state_dict, info (`arch`, `mean`, `std`; {} for others)."""
+NETWORKS = {"student": "model", "labelling-teacher": "labelling_teacher", "reconstruction-teacher": "reconstruction_teacher"}
+
+
+def read_encoder(path, network=None, num_heads=None):
+    """Weights of ours, of the official MAE code or of timm -> state_dict, arguments of VisionTransformer, info (see load_encoder).
+
+    network: one of NETWORKS; None stands for the student, or RC-MAE's teacher."""
     file = load_checkpoint(path)
-    state = next((file[k] for k in ("model", "state_dict") if k in file), file) if isinstance(file, dict) else {}
+    ours = isinstance(file, dict) and "arch" in file
+    if network is None:
+        network = "reconstruction-teacher" if ours and file.get("config", {}).get("consistency_weight") else "student"
+    if network != "student" and NETWORKS[network] not in file:
+        there = [name for name, key in NETWORKS.items() if key in file]
+        raise UsageError(f"--network {network}: checkpoint {path} has none; it has {', '.join(there) or 'a student alone'}")
+    keys = (NETWORKS[network],) if ours else ("model", "state_dict")
+    state = next((file[k] for k in keys if k in file), file) if isinstance(file, dict) else {}
     lacking = {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} - state.keys()
     if lacking:
         raise UsageError(f"checkpoint {path}: holds no vision transformer (no {', '.join(sorted(lacking))})")
-    return state, (file if "arch" in file else {})
+    arch = file["arch"] if ours else geometry(state, num_heads)
+    info = {k: v for k, v in file.items() if k in ("arch", "config", "step", "mean", "std")} if ours else dict(
+        mean=IMAGENET_MEAN if arch["in_chans"] == 3 else [0.5] * arch["in_chans"],
+        std=IMAGENET_STD if arch["in_chans"] == 3 else [0.5] * arch["in_chans"])
+    return state, arch, dict(info, network=network)
 
 
 def load_weights(model, state):
@@ -96,12 +113,22 @@ def geometry(state, num_heads=None):
                 mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / D)
 
 
-def same_config(old, new, free):
-    """Refuse to continue a run with other settings; the names in `free` (device, workers, ...) may change."""
-    differ = [k for k in sorted(old.keys() | new.keys()) if k not in free and old.get(k) != new.get(k)]
+def continue_from(path, config, free, mean, images):
+    """The checkpoint of a run to continue, None if there is none. A run with other settings or images is refused with the
+    settings that differ; those in `free` (device, workers, ...) may."""
+    if not Path(path).exists():
+        return None
+    saved, out = load_checkpoint(path), f"--out {config['out']}"
+    if "config" not in saved or "optimizer" not in saved:
+        raise UsageError(f"{out}: its checkpoint.pt is not of train.py; use another --out")
+    old = saved["config"]
+    differ = [k for k in sorted(old.keys() | config.keys()) if k not in free and old.get(k) != config.get(k)]
     if differ:
-        raise UsageError("--out {}: holds a run with other settings: {}; use another --out, or delete that folder".format(
-            new["out"], ", ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in differ)))
+        raise UsageError(f"{out}: holds a run with other settings: {{}}; use another --out, or delete that folder".format(
+            ", ".join(f"{k} was {old.get(k)!r}, now {config.get(k)!r}" for k in differ)))
+    if (saved["mean"], saved["images"]) != (mean, images):
+        raise UsageError(f"{out}: holds a run on other images; use another --out, or delete that folder")
+    return saved
 
 
 def append_json(path, record):

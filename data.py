@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as TF
 
 from extras.command_line import UsageError, make_folder
+from extras.images import decode, fit, open_image
 from extras.shapes import load_shapes
 from mae import pair
 
@@ -131,32 +131,6 @@ def from_files(paths, labels, classes, size, channels, resident_gb):
     if len(paths) * channels * size[0] * size[1] <= resident_gb * 1e9:
         images.pixels = read(images, range(len(paths)))
     return images
-
-
-def open_image(path, channels):
-    try:
-        image = Image.open(path)
-        if image.mode[0] in "IF":                          # Pillow would cut these off at 255
-            raise UsageError(f"--data-root: {path} has more than 8 bits a channel; convert it to 8")
-        return image.convert({1: "L", 3: "RGB"}[channels])
-    except (UnidentifiedImageError, OSError) as error:
-        raise UsageError(f"--data-root: {path} cannot be decoded as an image ({error}); mend or remove it") from error
-
-
-def decode(path, size, channels):
-    """An image file, its centre cropped to the shape of size and resized: C H W uint8."""
-    return TF.pil_to_tensor(ImageOps.fit(open_image(path, channels), size[::-1], Image.Resampling.BICUBIC))
-
-
-def fit(pixels, size, channels):
-    """N C H W uint8 in another size (the centre, resized) or number of channels (grey <-> colour)."""
-    if channels == 1 and pixels.shape[1] == 3:
-        pixels = TF.rgb_to_grayscale(pixels)
-    if tuple(pixels.shape[2:]) != size:
-        scale = max(size[0] / pixels.shape[2], size[1] / pixels.shape[3])
-        inner = [min(n, round(s / scale)) for n, s in zip(pixels.shape[2:], size)]
-        pixels = TF.resize(TF.center_crop(pixels, inner), size, interpolation=TF.InterpolationMode.BICUBIC)
-    return pixels.expand(-1, channels, -1, -1)
 
 
 def held_out(images, fraction):

@@ -22,11 +22,10 @@ From a checkpoint to features of one's own images:
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import nn
-from torchvision.transforms import v2
 
-from checkpoint import geometry, load_weights, read_weights
+from checkpoint import load_weights, read_encoder
+from extras.images import image_transform
 
 # Encoder sizes: small, base, large are the ViTs of Dosovitskiy et al. 2021, tiny that of DeiT; micro is ours, for CPUs.
 # Decoders: base and large are MAE's; the narrower ones of the small models are our choice.
@@ -38,7 +37,6 @@ SIZES = {
     "large": dict(embed_dim=1024, depth=24, num_heads=16, decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16),
 }
 ENCODER_ARGUMENTS = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # what official weights were trained with
 
 
 def pair(size):
@@ -97,12 +95,6 @@ def standardise_patches(patches):
     brightness of a patch, which its neighbours give away. Unbiased variance and 1e-6 under the root as in MAE's code."""
     mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
     return (patches - mean) / (var + 1e-6).sqrt()
-
-
-def pixel_target(imgs, patch_size, norm_pix_loss=True):
-    """What the decoder predicts in pixel mode: B C H W -> B N P."""
-    patches = patchify(imgs, patch_size)
-    return standardise_patches(patches) if norm_pix_loss else patches
 
 
 def sincos_positions(dim, grid):
@@ -257,7 +249,9 @@ class MaskedAutoencoder(VisionTransformer):
         return self.decoder_norm(x)[:, 1:]                                                              # B N d
 
     def pixel_target(self, imgs):
-        return pixel_target(imgs, self.patch_size, self.norm_pix_loss)
+        """What the decoder predicts in pixel mode: B C H W -> B N P."""
+        patches = patchify(imgs, self.patch_size)
+        return standardise_patches(patches) if self.norm_pix_loss else patches
 
     def forward_loss(self, pred, target, mask):
         """Mean over the masked patches of the mean squared error of a patch; visible patches do not count."""
@@ -277,26 +271,14 @@ class MaskedAutoencoder(VisionTransformer):
 
 # ----------------------------------------------------------------------------------------------------- trained weights
 
-def load_encoder(path, num_heads=None):
+def load_encoder(path, network=None, num_heads=None):
     """A checkpoint of train.py, or a file of official MAE or timm weights -> encoder, transform.
 
-    encoder: a VisionTransformer in eval mode (B C H W -> B 1+N D). transform: what turns a PIL image into its input
-    (C H W: the centre, resized, standardised). encoder.info: `mean` and `std` of training (ImageNet's for others' files), and
-    of a file of ours its `config` and `step`."""
-    state, info = read_weights(path)
-    arch = info.get("arch") or geometry(state, num_heads)
-    if "mean" not in info:
-        C = arch["in_chans"]
-        info = dict(mean=IMAGENET_MEAN if C == 3 else [0.5] * C, std=IMAGENET_STD if C == 3 else [0.5] * C)
+    encoder: a VisionTransformer in eval mode (B C H W -> B 1+N D); its `info` has `mean` and `std` of training (ImageNet's for
+    others' files), and of a file of ours its `arch`, `config`, `step`. transform: PIL image -> its input, C H W. network:
+    "student", or one of the teachers that the run had; None: what its recipe is judged by (RC-MAE: the teacher)."""
+    state, arch, info = read_encoder(path, network, num_heads)
     encoder = VisionTransformer(**{k: arch[k] for k in ENCODER_ARGUMENTS})
-    load_weights(encoder, {k: v for k, v in state.items() if not k.startswith(("decoder_", "mask_token"))})
-    H, W = encoder.img_size
-    transform = v2.Compose([
-        v2.Grayscale() if encoder.in_chans == 1 else v2.RGB(),
-        v2.Lambda(lambda image: ImageOps.fit(image, (W, H), Image.Resampling.BICUBIC)),
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(info["mean"], info["std"]),
-    ])
-    encoder.info = {k: v for k, v in info.items() if k not in ("model", "optimizer")}
-    return encoder.eval().requires_grad_(False), transform
+    load_weights(encoder, {k: v for k, v in state.items() if not k.startswith(("decoder_", "mask_token", "class_head", "data_head"))})
+    encoder.info = info
+    return encoder.eval().requires_grad_(False), image_transform(encoder.img_size, encoder.in_chans, info["mean"], info["std"])

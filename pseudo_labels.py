@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 
+from mae import MaskedAutoencoder, gather_tokens, init_weights
+
 BALANCING = ("sinkhorn", "centring", "me-max")
 CENTRE_MOMENTUM = 0.9              # of the running mean score (DINO)
 
@@ -36,13 +38,47 @@ class Head(nn.Module):
         layers = [layer for pair in zip(widths, widths[1:]) for layer in (nn.Linear(*pair), nn.GELU())]
         self.mlp = nn.Sequential(*layers[:-1])
         self.prototypes = nn.Parameter(torch.randn(clusters, bottleneck))      # only their directions count
-        for layer in self.mlp[::2]:
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.mlp.apply(init_weights)
 
     def forward(self, x):
         x = F.normalize(self.mlp(x), dim=-1)                                                            # ... bottleneck
         return x @ F.normalize(self.prototypes, dim=-1).to(x.dtype).T                                   # ... K
+
+
+class Student(MaskedAutoencoder):
+    """The masked autoencoder with the heads that predict labels; a head with 0 clusters is not there.
+
+    Class head D -> 8/3 D -> 8/3 D -> 2/3 D, data head D -> 2 D -> 2/3 D: for width 192 the 512-512-128 and 384-128 of our start."""
+
+    def __init__(self, class_clusters=0, data_clusters=0, **arch):
+        super().__init__(**arch)
+        D, d = self.decoder_embed.in_features, self.decoder_embed.out_features
+        self.class_head = Head(D, (8 * D // 3, 8 * D // 3), 2 * D // 3, class_clusters) if class_clusters else None
+        self.data_head = Head(D, (2 * D,), 2 * D // 3, data_clusters) if data_clusters else None
+        self.decoder_label = nn.Linear(d, D).apply(init_weights) if data_clusters else None
+
+    def forward(self, imgs, mask_ratio, noise, decode=True):
+        """Views B C H W under the k masks that noise (k B) N chooses -> mask (k B) N; pred, what the decoder predicts of the
+        target (k B) N P; class and data, scores (k B) K and (k B) N K. With decode=False mask and class alone."""
+        imgs = imgs.repeat(len(noise) // len(imgs), 1, 1, 1)                                            # k B C H W
+        z, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)                            # k B 1+V D
+        out = dict(mask=mask)
+        if self.class_head is not None:
+            out["class"] = self.class_head(z[:, 0])                                                     # k B K
+        if decode:
+            states = self.forward_decoder(z, ids_restore)                                               # k B N d
+            out["pred"] = self.decoder_pred(states)                                                     # k B N P
+        if decode and self.data_head is not None:
+            hidden = ids_restore.shape[1] + 1 - z.shape[1]
+            visible = gather_tokens(F.pad(z[:, 1:], (0, 0, 0, hidden)), ids_restore)                    # k B N D, unshuffled
+            y = torch.where(mask[..., None] == 1, self.decoder_label(states), visible)                  # k B N D
+            out["data"] = self.data_head(plain_norm(y))                                                 # k B N K
+        return out
+
+
+def plain_norm(x):
+    """LayerNorm without parameters."""
+    return F.layer_norm(x, x.shape[-1:])
 
 
 # ------------------------------------------------------------------------------------------------------ over all ranks

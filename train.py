@@ -16,28 +16,25 @@ Letters:  B views in the batch (all first views of the images, then all second o
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import distributed, nn
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import append_json, load_checkpoint, read_json_lines, same_config, save_checkpoint, truncate_log, write_atomically
+from checkpoint import append_json, continue_from, read_json_lines, save_checkpoint, truncate_log, write_atomically
 from data import SETS, Batches, generator, held_out, load_images, mean_std, read
 from eval import monitor
-from extras.command_line import UsageError, config_from_flags, find_device, make_folder, option, run_main, size
+from extras.command_line import UsageError, config_from_flags, line, make_folder, option, run_main, size, start_device
 from extras.pictures import clusters, curves, reconstructions
-from mae import SIZES, MaskedAutoencoder, count_visible, gather_tokens, init_weights, pair, pixel_target
-from pseudo_labels import (BALANCING, Head, balance, class_token_loss, count_labels, data_token_loss, health, me_max,
-                           over_ranks, signs_of_collapse)
+from mae import SIZES, count_visible, pair
+from pseudo_labels import (BALANCING, Student, balance, class_token_loss, count_labels, data_token_loss, health, me_max,
+                           over_ranks, plain_norm, signs_of_collapse)
 from teachers import STANDARDISE, between_images, ema_update, half_life, make_teacher, momentum, standardise
 
 # A recipe is a row of settings; a flag given on the command line goes before it. `pl-mae` is the defaults of Config.
@@ -112,42 +109,6 @@ FREE = {"data_root", "out", "eval_every", "log_every", "device", "workers", "com
 
 # --------------------------------------------------------------------------------------------------------------- one step
 
-class Student(MaskedAutoencoder):
-    """The masked autoencoder with the heads that predict labels; a head with 0 clusters is not there.
-
-    Class head D -> 8/3 D -> 8/3 D -> 2/3 D, data head D -> 2 D -> 2/3 D: for width 192 the 512-512-128 and 384-128 of our start."""
-
-    def __init__(self, class_clusters=0, data_clusters=0, **arch):
-        super().__init__(**arch)
-        D, d = self.decoder_embed.in_features, self.decoder_embed.out_features
-        self.class_head = Head(D, (8 * D // 3, 8 * D // 3), 2 * D // 3, class_clusters) if class_clusters else None
-        self.data_head = Head(D, (2 * D,), 2 * D // 3, data_clusters) if data_clusters else None
-        self.decoder_label = nn.Linear(d, D).apply(init_weights) if data_clusters else None
-
-    def forward(self, imgs, mask_ratio, noise, decode=True):
-        """Views B C H W under the k masks that noise (k B) N chooses -> mask (k B) N; pred, what the decoder predicts of the
-        target (k B) N P; class and data, scores (k B) K and (k B) N K. With decode=False mask and class alone."""
-        imgs = imgs.repeat(len(noise) // len(imgs), 1, 1, 1)                                            # k B C H W
-        z, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)                            # k B 1+V D
-        out = dict(mask=mask)
-        if self.class_head is not None:
-            out["class"] = self.class_head(z[:, 0])                                                     # k B K
-        if decode:
-            states = self.forward_decoder(z, ids_restore)                                               # k B N d
-            out["pred"] = self.decoder_pred(states)                                                     # k B N P
-        if decode and self.data_head is not None:
-            hidden = ids_restore.shape[1] + 1 - z.shape[1]
-            visible = gather_tokens(F.pad(z[:, 1:], (0, 0, 0, hidden)), ids_restore)                    # k B N D, unshuffled
-            y = torch.where(mask[..., None] == 1, self.decoder_label(states), visible)                  # k B N D
-            out["data"] = self.data_head(plain_norm(y))                                                 # k B N K
-        return out
-
-
-def plain_norm(x):
-    """LayerNorm without parameters."""
-    return F.layer_norm(x, x.shape[-1:])
-
-
 def labelling_teacher_step(teacher, imgs, centres, config):
     """Whole views B C H W -> tokens u B 1+N D and labels {"class": B K, "data": B N K}, of those that have a weight.
 
@@ -163,7 +124,7 @@ def labelling_teacher_step(teacher, imgs, centres, config):
     return u, labels
 
 
-def reconstruction_teacher_step(teacher, u, imgs, noise, config):
+def reconstruction_teacher_step(teacher, student, u, imgs, noise, config):
     """Targets {"rec": B N P, "consistency": k B N P} of those that have a weight. teacher None: u, the labelling teacher's
     tokens, serve as well."""
     targets = {}
@@ -173,7 +134,7 @@ def reconstruction_teacher_step(teacher, u, imgs, noise, config):
         targets["rec_constant"], _ = between_images(targets["rec"])
         _, targets["rec_between"] = between_images(r[:, 1:])
     elif config.rec_weight:
-        targets["rec"] = pixel_target(imgs, config.patch_size, config.norm_pix_loss)
+        targets["rec"] = student.pixel_target(imgs)
     if config.consistency_weight:                          # RC-MAE's teacher sees what the student sees: the same masks
         targets["consistency"] = teacher(imgs, config.mask_ratio, noise)["pred"]
     return targets
@@ -230,27 +191,6 @@ def parse(argv=None):
             raise UsageError(f"--{name}-clusters {K}: more than the {samples} samples of a micro-batch that are shared out among "
                              f"them; use {samples // 4} or less, or a larger --batch-size")
     return config
-
-
-def start_device(config):
-    """rank, world size, device, dtype of the weights, whether to use bf16. Starts the process group under torchrun."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = find_device(config.device)
-    if device.type == "cuda" and world > 1:
-        device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    if device.type == "mps" and config.precision == "fp64":
-        raise UsageError("--precision fp64: not to be had on mps; use --device cpu")
-    if config.batch_size % (world * config.accumulate):
-        raise UsageError(f"--batch-size {config.batch_size}: must be a multiple of processes x --accumulate, "
-                         f"{world} x {config.accumulate}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if world > 1:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))  # downloads
-    dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    gains = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return rank, world, device, dtype, config.precision == "bf16" or (config.precision == "auto" and gains)
 
 
 def learning_rate(step, total, config):
@@ -315,13 +255,8 @@ def main(argv=None):
 
     # A run that was cut off continues; another run's folder is left alone.
     start, parts = 0, dict(model=model, optimizer=optimizer, **{f"{name}_teacher": t for name, t in teachers.items()})
-    if (out / "checkpoint.pt").exists():
-        saved = load_checkpoint(out / "checkpoint.pt")
-        if "config" not in saved or "optimizer" not in saved:
-            raise UsageError(f"--out {out}: its checkpoint.pt is not of train.py; use another --out")
-        same_config(saved["config"], dataclasses.asdict(config), FREE)
-        if (saved["mean"], saved["images"]) != (mean, len(images)):
-            raise UsageError(f"--out {out}: holds a run on other images; use another --out, or delete that folder")
+    saved = continue_from(out / "checkpoint.pt", dataclasses.asdict(config), FREE, mean, len(images))
+    if saved:
         start = saved["step"]
         for name, part in parts.items():
             part.load_state_dict(saved[name])
@@ -392,7 +327,7 @@ def main(argv=None):
                     predicted = student(imgs, config.mask_ratio, noise, decode)
                     with torch.no_grad():
                         u, labels = labelling_teacher_step(teachers["labelling"], imgs, centres, config) if labelled else (None, {})
-                        targets = reconstruction_teacher_step(teachers.get("reconstruction"), u, imgs, noise, config)
+                        targets = reconstruction_teacher_step(teachers.get("reconstruction"), model, u, imgs, noise, config)
                     terms = losses(predicted, labels, targets, config)
                 (terms["loss"] / config.accumulate).backward()
             counts = {f"{name}_counts": count_labels(q) for name, q in labels.items()}
@@ -446,16 +381,6 @@ def main(argv=None):
             f"{token} token {tests[0]['knn_' + token]:.1%} and {tests[-1]['knn_' + token]:.1%}" for token in ("class", "mean")))
     say(f"done: {out}/checkpoint.pt and its pictures"
         + (f"; next: python eval.py linear --checkpoint {out}/checkpoint.pt" if images.classes else ""))
-
-
-def line(record):
-    """A record of the log as a line for the screen."""
-    parts = ["step {step:6d}  epoch {epoch:6.1f}  loss {loss:.4f}".format(**record)]
-    for name, bound, sign in (("rec", "rec_constant", "constant"), ("consistency", "", ""), ("class", "class_ln_k", "ln K"),
-                              ("data", "data_ln_k", "ln K")):
-        if name in record:
-            parts.append(f"{name} {record[name]:.3f}" + (f" ({sign} {record[bound]:.2f})" if bound in record else ""))
-    return "  ".join([*parts, "{images_per_s:.0f} images/s  {eta_s:.0f} s to go".format(**record)])
 
 
 if __name__ == "__main__":

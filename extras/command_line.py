@@ -5,9 +5,11 @@ import dataclasses
 import math
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+from torch import distributed
 
 
 class UsageError(ValueError):
@@ -91,3 +93,34 @@ def config_from_flags(Config, recipes, argv, description):
             raise UsageError(f"--{f.name.replace('_', '-')} {value}: must be "
                              + (f"{low} or more" if high == math.inf else f"from {low} to {high}"))
     return config
+
+
+def start_device(config):
+    """rank, world size, device, dtype of the weights, whether to use bf16. Starts the process group under torchrun."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = find_device(config.device)
+    if device.type == "cuda" and world > 1:
+        device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    if device.type == "mps" and config.precision == "fp64":
+        raise UsageError("--precision fp64: not to be had on mps; use --device cpu")
+    if config.batch_size % (world * config.accumulate):
+        raise UsageError(f"--batch-size {config.batch_size}: must be a multiple of processes x --accumulate, "
+                         f"{world} x {config.accumulate}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))  # downloads
+    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    gains = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return rank, world, device, dtype, config.precision == "bf16" or (config.precision == "auto" and gains)
+
+
+def line(record):
+    """A record of the log as a line for the screen."""
+    parts = ["step {step:6d}  epoch {epoch:6.1f}  loss {loss:.4f}".format(**record)]
+    for name, bound, sign in (("rec", "rec_constant", "constant"), ("consistency", "", ""), ("class", "class_ln_k", "ln K"),
+                              ("data", "data_ln_k", "ln K")):
+        if name in record:
+            parts.append(f"{name} {record[name]:.3f}" + (f" ({sign} {record[bound]:.2f})" if bound in record else ""))
+    return "  ".join([*parts, "{images_per_s:.0f} images/s  {eta_s:.0f} s to go".format(**record)])
