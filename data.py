@@ -212,12 +212,12 @@ def crop_flip(x, boxes, flip, out):
     return (rows[:, None] @ x @ columns[:, None].transpose(2, 3)).clamp(0, 1)                           # B C h w
 
 
-def recolour(x, u):
-    """Brightness and contrast by up to 40 %, and in colour images saturation by 20 %, hue by a tenth of a turn, for 4 of 5
-    images; 1 of 5 made grey. x B C H W in 0..1, u B 6 in 0..1.
+def recolour(x, u, strength=1.0):
+    """Brightness and contrast by up to 40 %, and in colour images saturation by 20 % and hue by a tenth of a turn, these two
+    times the strength (5: any colour becomes any other), for 4 of 5 images; 1 of 5 made grey. x B C H W in 0..1, u B 6 in 0..1.
 
-    Strengths and rates as in MC-SSL. Saturation scales and hue turns the two chroma axes of YIQ, which is linear; for the
-    hue torchvision goes through HSV. Always in this order (torchvision shuffles it)."""
+    Rates, and strengths at 1, as in MC-SSL. Saturation scales and hue turns the two chroma axes of YIQ, which is linear; for
+    the hue torchvision goes through HSV. Always in this order (torchvision shuffles it)."""
     u = u.to(x.dtype)
     change = lambda k, amount: ((u[:, 0] < 0.8) * amount * (2 * u[:, k] - 1))[:, None, None, None]      # B 1 1 1
     luma = lambda x: sum(c * x[:, i:i + 1] for i, c in enumerate(LUMA)) if x.shape[1] == 3 else x       # B 1 H W
@@ -227,8 +227,8 @@ def recolour(x, u):
     if x.shape[1] != 3:
         return x
     y = luma(x)
-    scale = (1 + change(3, 0.2)) * (u[:, 5] >= 0.2)[:, None, None, None]
-    angle = 2 * math.pi * change(4, 0.1)
+    scale = (1 + change(3, min(1, 0.2 * strength))) * (u[:, 5] >= 0.2)[:, None, None, None]
+    angle = 2 * math.pi * change(4, min(0.5, 0.1 * strength))
     chroma = scale * (x - y)                               # colour without its brightness: a plane through zero
     turned = torch.cat([sum(row[i] * chroma[:, i:i + 1] for i in range(3)) for row in QUARTER_TURN], dim=1)
     return (y + chroma * angle.cos() + turned * angle.sin()).clamp(0, 1)
@@ -257,7 +257,7 @@ class Batches:
     views before the next.
 
     ids: the images to train on; batch: B, of all ranks and micro-batches together; patches: N; smallest: least area of a
-    crop; colours: whether colours are changed. The last, incomplete batch of an epoch is left out."""
+    crop; colours: how strongly colours are changed. The last, incomplete batch of an epoch is left out."""
 
     images: Images
     ids: torch.Tensor
@@ -269,7 +269,7 @@ class Batches:
     views: int = 1
     masks: int = 1
     smallest: float = 0.2
-    colours: bool = False
+    colours: float = 0.0
     accumulate: int = 1
     rank: int = 0
     world: int = 1
@@ -321,5 +321,5 @@ class Batches:
         else:
             x = torch.where(n["flip"][:, None, None, None] < 0.5, x.flip(-1), x)
         if self.colours:
-            x = recolour(x, n["colour"])
+            x = recolour(x, n["colour"], self.colours)
         return (x - self.mean) / self.std, n["noise"].transpose(0, 1).flatten(0, 1)

@@ -39,8 +39,8 @@ from teachers import STANDARDISE, between_images, ema_update, half_life, make_te
 
 # A recipe is a row of settings; a flag given on the command line goes before it. `pl-mae` is the defaults of Config.
 RECIPES = {
-    "mae": dict(target="pixels", class_weight=0.0, data_weight=0.0, views=1, colours=False),
-    "rc-mae": dict(target="pixels", class_weight=0.0, data_weight=0.0, views=1, colours=False,
+    "mae": dict(target="pixels", class_weight=0.0, data_weight=0.0, views=1, colours=0.0),
+    "rc-mae": dict(target="pixels", class_weight=0.0, data_weight=0.0, views=1, colours=0.0,
                    consistency_weight=1.0, reconstruction_half_life="173:inf"),
     "mim-cluster": dict(target="pixels", teachers=1),
     "pl-mae-one-teacher": dict(teachers=1),
@@ -65,7 +65,7 @@ class Config:
     masks: int = option(1, "masks of a view: more students for one pass of the teachers (data2vec 2.0)", range=(1, 64))
     mask_ratio: float = option(0.75, "share of the patches that is hidden (MAE)")
     crop: float = option(0.35, "smallest area of a random crop, as a share of the image; 1 does not crop (MAE: 0.2)", range=(1e-3, 1))
-    colours: bool = option(True, "change brightness, contrast, saturation, hue; drop colour (MC-SSL does, MAE does not)")
+    colours: float = option(5.0, "changes of brightness, contrast, saturation, hue: 0 none (MAE), 1 MC-SSL's, 5 any hue", range=(0, 5))
     # the reconstruction
     rec_weight: float = option(1.0, "weight of the reconstruction; 0 turns it off", range=(0, math.inf))
     target: str = option("tokens", "what the decoder predicts: pixels, or the reconstruction teacher's tokens", choices=["pixels", "tokens"])
@@ -275,9 +275,9 @@ def main(argv=None):
 
     # What is looked at from time to time: always the same images under the same masks.
     shown = val_ids if len(val_ids) else train_ids
-    shown = shown[torch.linspace(0, len(shown) - 1, min(500, len(shown))).long()]
-    fixed = ((read(images, shown).to(device, dtype) / 255 - batches.mean) / batches.std)                # 500 C H W
-    fixed_noise = torch.rand(8, model.num_patches, generator=generator(config.seed, "picture")).to(device)
+    shown = shown[torch.linspace(0, len(shown) - 1, min(200, len(shown))).long()]
+    fixed = ((read(images, shown).to(device, dtype) / 255 - batches.mean) / batches.std)                # 200 C H W
+    fixed_noise = torch.rand(min(8, len(shown)), model.num_patches, generator=generator(config.seed, "picture")).to(device)
 
     def look(step):
         """k-NN, pictures, checkpoint: on rank 0, while the others wait for its next gradient."""
@@ -290,9 +290,9 @@ def main(argv=None):
         curves(log, out / "curves.png")
         if config.rec_weight:
             teacher = teachers.get("reconstruction", teachers.get("labelling"))
-            reconstructions(model, teacher, config, fixed, fixed_noise, mean, std, out / "reconstructions.png")
+            reconstructions(model, teacher, config, fixed[:8], fixed_noise, mean, std, out / "reconstructions.png")
         if labelled:
-            clusters(teachers["labelling"], config, fixed, mean, std, out / "clusters.png")
+            clusters(teachers["labelling"], config, centres, fixed, mean, std, out / "clusters.png")
         model.train()
         return record
 

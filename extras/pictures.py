@@ -6,10 +6,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 from checkpoint import read_json_lines, write_atomically
 from mae import patchify, unpatchify
+from pseudo_labels import balance, plain_norm
+from teachers import standardise
 
 
 def save(figure, path):
@@ -40,33 +43,115 @@ def curves(log, path):
 
 
 @torch.no_grad()
-def clusters(*a):
-    pass
+def to_pictures(imgs, mean, std):
+    """Standardised images B C H W -> arrays for imshow, H W 3 or H W, in 0..1."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (mean, std))
+    imgs = (imgs.detach().cpu().float() * std + mean).clamp(0, 1)
+    return [(x.permute(1, 2, 0) if len(x) == 3 else x[0]).numpy() for x in imgs]
+
+
+def principal_colours(tokens, *others):
+    """Tokens n D -> colours n 3 in 0..1, their first three principal components; and others in the same colours."""
+    centre = tokens.mean(0)
+    components = torch.linalg.svd(tokens - centre, full_matrices=False).Vh[:3].T                        # D 3
+    low, high = ((tokens - centre) @ components).quantile(torch.tensor([0.02, 0.98], dtype=tokens.dtype), dim=0)
+    return [(((x - centre) @ components - low) / (high - low)).clamp(0, 1) for x in (tokens, *others)]
 
 
 @torch.no_grad()
-def reconstructions(model, teacher, config, imgs, noise, mean, std, path):
-    """Original, masked, prediction (with the visible patches in place) of the standardised images B C H W.
+def reconstruct(model, teacher, config, imgs, noise, mean, std):
+    """{name of a row: pictures} of standardised images B C H W under the masks of noise B N: original, masked, and what the
+    decoder says of the masked patches, in pixels, or as principal components of tokens beside the teacher's.
 
     A model of standardised patches says nothing about a patch's own brightness and contrast; the picture lends it those of
     the original. Without that, its predictions look like grey noise."""
-    if config.target == 'tokens':
-        return
-    imgs = imgs[:8]
-    out = model.forward(imgs, config.mask_ratio, noise)
-    pred, mask = out['pred'], out['mask']     # not model(...): eight images are not worth compiling for
+    out = model.forward(imgs, config.mask_ratio, noise)     # not model(...): eight images are not worth compiling for
+    pred, hidden = out["pred"], out["mask"][..., None] == 1                                             # B N P, B N 1
     patches = patchify(imgs, model.patch_size)                                                          # B N P
-    if model.norm_pix_loss:
-        pred = pred * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
-    hidden = mask[..., None].bool()
-    grey = torch.zeros_like(patches)                                          # zero is the mean of the data set
-    rows = [patches, torch.where(hidden, grey, patches), torch.where(hidden, pred, patches)]
-    shown = [unpatchify(r, model.patch_size, model.img_size).cpu().float() for r in rows]               # 3 x (B C H W)
-    mean, std = (torch.tensor(v)[:, None, None] for v in (mean, std))
-    figure, axes = plt.subplots(3, len(imgs), figsize=(1.3 * len(imgs) + 0.9, 4.2), squeeze=False, layout="constrained")
-    for row, images, name in zip(axes, shown, ("original", "masked", "prediction")):
+    rows = dict(original=patches, masked=torch.where(hidden, torch.zeros_like(patches), patches))       # 0: mean of the set
+    if config.target == "pixels":
+        if model.norm_pix_loss:
+            pred = pred * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
+        rows["prediction"] = torch.where(hidden, pred, patches)
+    rows = {k: to_pictures(unpatchify(v, model.patch_size, model.img_size), mean, std) for k, v in rows.items()}
+    if config.target == "tokens":
+        target = standardise(teacher.encode(imgs)[:, 1:], config.standardise).cpu()                     # B N D
+        shown = torch.where(hidden.cpu(), pred.to(target.dtype).cpu(), target)
+        colours = principal_colours(target.flatten(0, 1), shown.flatten(0, 1))
+        for name, c in zip(("teacher's tokens", "prediction"), colours):
+            rows[name] = list(c.view(len(imgs), *model.grid, 3).numpy())
+    return rows
+
+
+def picture_rows(rows, path=None):
+    """{name: pictures} as a figure, saved to path or returned."""
+    columns = max(map(len, rows.values()))
+    figure, axes = plt.subplots(len(rows), columns, figsize=(1.3 * columns + 0.9, 1.4 * len(rows)), squeeze=False, layout="constrained")
+    for row, (name, pictures) in zip(axes, rows.items()):
         row[0].set_ylabel(name)
-        for axis, image in zip(row, (images * std + mean).clamp(0, 1)):
-            axis.imshow((image.permute(1, 2, 0) if len(image) == 3 else image[0]).numpy(), cmap="gray", vmin=0, vmax=1)
+        for axis, picture in zip(row, pictures):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        for axis in row:
             axis.set(xticks=[], yticks=[])
+    return figure if path is None else save(figure, path)
+
+
+def reconstructions(model, teacher, config, imgs, noise, mean, std, path):
+    picture_rows(reconstruct(model, teacher, config, imgs, noise, mean, std), path)
+
+
+@torch.no_grad()
+def assign(teacher, config, centres, imgs):
+    """Pseudo labels of standardised images B C H W by the labelling teacher: {"class": B K, "data": B N K}, what there is."""
+    u = torch.cat([teacher.encode(part) for part in imgs.split(100)])                                   # B 1+N D
+    by, labels = (config.balancing, config.teacher_temperature), {}
+    for name, head, x in (("class", teacher.class_head, u[:, 0]), ("data", teacher.data_head, plain_norm(u[:, 1:]))):
+        if head is not None:
+            scores = head(x)
+            labels[name] = balance(scores.flatten(0, -2), *by, centres[name].clone()).view_as(scores).cpu()
+    return labels
+
+
+def surroundings(picture, place, grid, reach=1):
+    """The patch at place of a picture H W (3) with `reach` patches around it, grey beyond the edge; the patch is framed."""
+    ph, pw = picture.shape[0] // grid[0], picture.shape[1] // grid[1]
+    edge = ((reach * ph, reach * ph), (reach * pw, reach * pw), (0, 0))[:picture.ndim]
+    r, c = divmod(place, grid[1])
+    x = np.pad(picture, edge, constant_values=0.5)[r * ph:(r + 2 * reach + 1) * ph, c * pw:(c + 2 * reach + 1) * pw].copy()
+    y0, y1, x0, x1 = reach * ph - 1, (reach + 1) * ph, reach * pw - 1, (reach + 1) * pw
+    for rows, columns in ((y0, slice(x0, x1 + 1)), (y1, slice(x0, x1 + 1)), (slice(y0, y1 + 1), x0), (slice(y0, y1 + 1), x1)):
+        x[rows, columns] = 1
+    return x
+
+
+def galleries(labels, pictures, grid=None, clusters=6, columns=8):
+    """{cluster: pictures} of the samples that share a label, the commonest clusters, their most certain samples first, at most
+    one of an image. labels B K: of images. labels B N K with grid: of patches, shown in their surroundings."""
+    K, N = labels.shape[-1], 1 if grid is None else labels.shape[1]
+    certain, cluster = labels.reshape(-1, K).max(1)                                                     # (B N)
+    rows = {}
+    for k in cluster.bincount(minlength=K).argsort(descending=True)[:clusters].tolist():
+        members = torch.nonzero(cluster == k).flatten()
+        members, seen, chosen = members[certain[members].argsort(descending=True, stable=True)].tolist(), set(), []
+        for m in members:
+            if m // N not in seen:
+                seen.add(m // N)
+                chosen.append(pictures[m // N] if grid is None else surroundings(pictures[m // N], m % N, grid))
+        rows[f"{k}"] = chosen[:columns]
+    return rows
+
+
+def clusters(teacher, config, centres, imgs, mean, std, path):
+    """clusters.png: images, and patches in their surroundings, that share a pseudo label; a row for a cluster."""
+    pictures, labels = to_pictures(imgs, mean, std), assign(teacher, config, centres, imgs)
+    sides = [(name, galleries(q, pictures, teacher.grid if name == "data" else None)) for name, q in labels.items()]
+    figure = plt.figure(figsize=(9 * len(sides), 7.5), layout="constrained")
+    for part, (name, rows) in zip(np.atleast_1d(figure.subfigures(1, len(sides))), sides):
+        part.suptitle({"class": "images that share a label of the class token", "data": "patches that share a label"}[name])
+        for row, (cluster, shown) in zip(part.subplots(6, 8, squeeze=False), rows.items()):
+            row[0].set_ylabel(f"cluster {cluster}")
+            for axis, picture in zip(row, shown):
+                axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            for axis in row:
+                axis.set(xticks=[], yticks=[])
     save(figure, path)
