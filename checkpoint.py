@@ -57,7 +57,7 @@ def load_checkpoint(path):
 NETWORKS = {"student": "model", "labelling-teacher": "labelling_teacher", "reconstruction-teacher": "reconstruction_teacher"}
 
 
-def read_encoder(path, network=None, num_heads=None):
+def read_encoder(path, num_heads=None, network=None):
     """Weights of ours, of the official MAE code or of timm -> state_dict, arguments of VisionTransformer, info (see load_encoder).
 
     network: one of NETWORKS; None stands for the student, or RC-MAE's teacher."""

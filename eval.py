@@ -1,27 +1,35 @@
 """How good is an encoder? Frozen features, computed once, and a simple classifier on top.
 
-    python eval.py knn    --checkpoint runs/mae-shapes-micro/checkpoint.pt
+    python eval.py knn    --checkpoint runs/pl-mae-shapes-micro/checkpoint.pt
     python eval.py linear --checkpoint runs/mae-shapes-micro/checkpoint.pt --data cifar10 --data-root data
+    python eval.py diagnose --checkpoint runs/pl-mae-shapes-micro/checkpoint.pt
 
 `knn` asks whether images of a class lie together; `linear` whether a plane separates them. For a masked autoencoder the
 second answer is much the better one, and which token is asked matters: both are reported, the class token and the mean
-of the patch tokens. The last line printed is a JSON object, appended to eval.jsonl beside the checkpoint. Its `top1`
-(a fraction, on the test split) is that of the token that was better on validation images cut from the training data.
+of the patch tokens. `top1` (a fraction, on the test split) is that of the token that was better on validation images cut
+from the training data. `diagnose` looks at features and pseudo labels of those validation images: have they collapsed, do
+labels agree with classes? --network chooses the student or a teacher. The last line printed is a JSON object, appended to
+eval.jsonl beside the checkpoint.
 """
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import append_json
+from checkpoint import NETWORKS, append_json, load_checkpoint
 from data import SETS, held_out, load_images, read
 from extras.command_line import Parser, UsageError, find_device, run_main
+from extras.matching import matched_accuracy, nmi
 from mae import ENCODER_ARGUMENTS, VisionTransformer, load_encoder
+from pseudo_labels import Student, count_labels, health, make_labels
+from teachers import make_teacher
 
 LINEAR_RATES = (0.003, 0.03, 0.3, 3.0)     # learning rates tried, a wide net; validation images choose
 
@@ -97,6 +105,11 @@ def classify(task, x, y, fit, val, test_x, test_y, classes):
     return scores[best], accuracy(linear(x, y, test_x, classes, rates=LINEAR_RATES[best:best + 1])[0], test_y)
 
 
+def subset(ids, n):
+    """At most n of ids, evenly spread."""
+    return ids[torch.linspace(0, len(ids) - 1, min(n, len(ids))).long()]
+
+
 def monitor(encoder, images, train_ids, val_ids, mean, std, device):
     """k-NN accuracy on held-out images while training runs: {"knn_class", "knn_mean"}; {} without labels.
 
@@ -104,16 +117,16 @@ def monitor(encoder, images, train_ids, val_ids, mean, std, device):
     train_ids = train_ids[images.labels[train_ids] >= 0]
     if len(val_ids) == 0 or len(train_ids) == 0:
         return {}
-    spread = lambda ids, n: ids[torch.linspace(0, len(ids) - 1, min(n, len(ids))).long()]
-    train_ids, val_ids = spread(train_ids, 10_000), spread(val_ids, 2_000)
+    train_ids, val_ids = subset(train_ids, 10_000), subset(val_ids, 2_000)
     x, test_x = (features(encoder, images, ids, mean, std, device) for ids in (train_ids, val_ids))
     y, test_y = images.labels[train_ids], images.labels[val_ids]
     return {f"knn_{token}": accuracy(knn(x[token], y, test_x[token], len(images.classes)), test_y) for token in x}
 
 
 def load_network(options):
-    """--checkpoint and --network: the trained encoder or the same with fresh random weights, and what the file says."""
-    encoder, _ = load_encoder(options.checkpoint, options.num_heads)
+    """--checkpoint and --network: the encoder of the student, of a teacher, or a new one, and what the file says of it."""
+    named = options.network if options.network in NETWORKS else None
+    encoder, _ = load_encoder(options.checkpoint, options.num_heads, named)
     if encoder.in_chans not in (1, 3):
         raise UsageError(f"--checkpoint {options.checkpoint}: takes {encoder.in_chans} channels; data sets here have 1 or 3")
     info = encoder.info
@@ -122,15 +135,87 @@ def load_network(options):
             raise UsageError("--network untrained: needs a checkpoint of train.py; `train.py --epochs 0` writes one")
         torch.manual_seed(0)
         encoder = VisionTransformer(**{k: info["arch"][k] for k in ENCODER_ARGUMENTS}).eval()
-    return encoder, info
+    return encoder, dict(info, network=options.network or info["network"])
 
+
+# ------------------------------------------------------------------------------------------------------------- diagnosis
+
+def load_run(path):
+    """A checkpoint of train.py -> student, {"labelling": teacher, "reconstruction": teacher} as far as the run had them, config
+    (a namespace), centres."""
+    file = load_checkpoint(path)
+    if not isinstance(file, dict) or "arch" not in file or "centres" not in file:
+        raise UsageError(f"--checkpoint {path}: is not of train.py, so it has no teachers and no labels; use knn or linear")
+    student, teachers = Student(**file["arch"]), {}
+    student.load_state_dict(file["model"])
+    for name in ("labelling", "reconstruction"):
+        if f"{name}_teacher" in file:
+            weights = file[f"{name}_teacher"]
+            parts = {key.split(".")[0] for key in weights}
+            teachers[name] = make_teacher(student, without={key.split(".")[0] for key in file["model"]} - parts)
+            teachers[name].load_state_dict(weights)
+    return student.eval().requires_grad_(False), teachers, SimpleNamespace(**file["config"]), file["centres"]
+
+
+def effective_rank(x):
+    """exp of the entropy of the normalised singular values of centred features n D: 1 to D, how many directions are in use
+    (RankMe, Garrido et al. 2023, who do not centre)."""
+    s = torch.linalg.svdvals(x - x.mean(0))
+    p = s / s.sum().clamp(min=1e-12)
+    return round(torch.special.xlogy(p, p).sum().neg().exp().item(), 2)
+
+
+def spread(x):
+    """Standard deviation of L2-normalised features n D, mean over D, times sqrt(D): 0 if all are alike, 1 if they point
+    everywhere (SimSiam)."""
+    return round(F.normalize(x, dim=1).std(0, unbiased=False).mean().item() * x.shape[1] ** 0.5, 4)
+
+
+@torch.no_grad()
+def diagnose(path, network, images, ids, mean, std, device):
+    """The state of features and pseudo labels on the images at ids, as a dictionary; figures of labels are in nats."""
+    student, teachers, config, centres = load_run(path)
+    student, centres = student.to(device), {name: c.to(device) for name, c in centres.items()}
+    x = ((read(images, ids).to(device).float() / 255 - torch.tensor(mean, device=device)[:, None, None])
+         / torch.tensor(std, device=device)[:, None, None]).to(student.cls_token.dtype)                 # n C H W
+    encode = lambda encoder: torch.cat([encoder.to(device).encode(part) for part in x.split(200)])      # n 1+N D
+    tokens = {name: encode(t) for name, t in dict(student=student, **{f"{k}-teacher": t for k, t in teachers.items()}).items()}
+    views = lambda u: {"class": u[:, 0].float(), "mean": u[:, 1:].mean(1).float()}
+    found = {}
+    for token, v in views(tokens[network]).items():
+        found |= {f"effective_rank_{token}": effective_rank(v), f"spread_{token}": spread(v)}
+    for name in list(tokens)[1:]:                          # how far a teacher is from its student, image by image
+        for token, v in views(tokens["student"]).items():
+            w = views(tokens[name])[token]
+            found[f"student_vs_{name}_{token}"] = round(F.cosine_similarity(v - v.mean(0), w - w.mean(0), dim=1).mean().item(), 4)
+    if "labelling" in teachers:
+        by = (config.balancing, config.teacher_temperature)
+        labels, own = (make_labels(t, tokens[n], *by, {k: c.clone() for k, c in centres.items()})
+                       for t, n in ((teachers["labelling"], "labelling-teacher"), (student, "student")))
+        y = images.labels[ids]
+        for name, q in labels.items():
+            hard = q.argmax(-1).cpu()                                                                   # n (N)
+            found |= {f"{name}_ln_k": round(math.log(q.shape[-1]), 4)} | {
+                f"{name}_{k}": round(v, 4) for k, v in health(count_labels(q)).items()}
+            found[f"{name}_student_agrees"] = round((own[name].argmax(-1).cpu() == hard).float().mean().item(), 4)
+            if name == "data":                             # labels that only say where a patch is could be predicted blindly
+                found["data_nmi_position"] = round(nmi(hard.flatten(), torch.arange(hard.shape[1]).repeat(len(hard))), 4)
+                hard, classes = hard.flatten(), y[:, None].expand_as(hard).flatten()
+            else:
+                classes = y
+            if (y >= 0).all():
+                found |= {f"{name}_nmi": round(nmi(hard, classes), 4), f"{name}_matched_accuracy": round(matched_accuracy(hard, classes), 4)}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ the command
 
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("task", choices=["knn", "linear"])
+    parser.add_argument("task", choices=["knn", "linear", "diagnose"])
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="of train.py, of the official MAE code or timm")
-    parser.add_argument("--network", default="student", choices=["student", "untrained", "pixels"],
-                        help="untrained: the same encoder with random weights; pixels: no encoder (default: student)")
+    parser.add_argument("--network", choices=[*NETWORKS, "untrained", "pixels"], help="untrained: the same encoder with random "
+                        "weights; pixels: no encoder (default: student; of rc-mae its teacher)")
     parser.add_argument("--token", choices=["class", "mean"], help="default: the better one on validation images")
     parser.add_argument("--data", choices=SETS, help="default: what the checkpoint was trained on")
     parser.add_argument("--data-root", metavar="DIR", help="default: that of the training run; for another set than its own: data")
@@ -150,6 +235,14 @@ def main(argv=None):
     root = options.data_root or (config["data_root"] if data == config.get("data") else "data")
     if data == "imagefolder" and data != config.get("data") and not options.data_root:
         raise UsageError("--data-root: name the folder of the images")
+    if options.task == "diagnose":
+        if options.network in ("untrained", "pixels"):
+            raise UsageError(f"--network {options.network}: has no labels and no teachers; name {', '.join(NETWORKS)}")
+        images = load_images(data, root, "train", encoder.img_size, encoder.in_chans)
+        train_ids, ids = held_out(images, 0.1)             # the images that train.py holds out by default
+        ids = subset(ids if len(ids) else train_ids, 2000)
+        return report(options, dict(task="diagnose", network=info["network"], data=data, images=len(ids), step=info.get("step"),
+                                    **diagnose(options.checkpoint, info["network"], images, ids, info["mean"], info["std"], device)), start)
     train, test = (load_images(data, root, split, encoder.img_size, encoder.in_chans) for split in ("train", "test"))
     if not train.classes:
         raise UsageError(f"--data-root {root}: the training images have no labels; use ROOT/train/<class>/*")
@@ -173,8 +266,12 @@ def main(argv=None):
         print(f"reported: the {token} token, better on validation images; guessing gives {1 / len(train.classes):.1%}", file=sys.stderr)
     record = dict(task=options.task, top1=scores[token][1], token=token,
                   tokens={t: s[1] for t, s in scores.items()}, validation={t: s[0] for t, s in scores.items()},
-                  network=options.network, data=data, checkpoint=options.checkpoint, step=info.get("step"),
-                  images=len(ids), test_images=len(test), seconds=round(time.perf_counter() - start, 1))
+                  network=info["network"], data=data, step=info.get("step"), images=len(ids), test_images=len(test))
+    report(options, record, start)
+
+
+def report(options, record, start):
+    record |= dict(checkpoint=options.checkpoint, seconds=round(time.perf_counter() - start, 1))
     append_json(Path(options.checkpoint).parent / "eval.jsonl", record)
     print(json.dumps(record))
 

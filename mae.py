@@ -271,13 +271,13 @@ class MaskedAutoencoder(VisionTransformer):
 
 # ----------------------------------------------------------------------------------------------------- trained weights
 
-def load_encoder(path, network=None, num_heads=None):
+def load_encoder(path, num_heads=None, network=None):
     """A checkpoint of train.py, or a file of official MAE or timm weights -> encoder, transform.
 
     encoder: a VisionTransformer in eval mode (B C H W -> B 1+N D); its `info` has `mean` and `std` of training (ImageNet's for
     others' files), and of a file of ours its `arch`, `config`, `step`. transform: PIL image -> its input, C H W. network:
     "student", or one of the teachers that the run had; None: what its recipe is judged by (RC-MAE: the teacher)."""
-    state, arch, info = read_encoder(path, network, num_heads)
+    state, arch, info = read_encoder(path, num_heads, network)
     encoder = VisionTransformer(**{k: arch[k] for k in ENCODER_ARGUMENTS})
     load_weights(encoder, {k: v for k, v in state.items() if not k.startswith(("decoder_", "mask_token", "class_head", "data_head"))})
     encoder.info = info

@@ -127,17 +127,23 @@ def centring(scores, centre, temperature=0.05):
     return labels
 
 
-@torch.no_grad()
-def sharpen(scores, temperature=0.05):
-    """softmax(scores / temperature), S K: labels that nothing balances; for ME-MAX, which balances the predictions."""
-    return (scores.to(torch.promote_types(scores.dtype, torch.float32)) / temperature).softmax(dim=1)
-
-
 def balance(scores, how, temperature, centre):
-    """The teacher's scores S K as labels S K, by one of BALANCING."""
+    """The teacher's scores S K as labels S K, by one of BALANCING. ME-MAX leaves the labels unbalanced: see `me_max`."""
     if how == "sinkhorn":
         return sinkhorn(scores, temperature)
-    return centring(scores, centre, temperature) if how == "centring" else sharpen(scores, temperature)
+    return centring(scores, centre if how == "centring" else torch.zeros_like(centre), temperature)
+
+
+@torch.no_grad()
+def make_labels(teacher, u, how, temperature, centres):
+    """The labelling teacher's tokens u B 1+N D -> pseudo labels {"class": B K, "data": B N K}, of the heads that it has.
+    centres: of "centring", {"class": K, "data": K}."""
+    labels = {}
+    for name, head, x in (("class", teacher.class_head, u[:, 0]), ("data", teacher.data_head, plain_norm(u[:, 1:]))):
+        if head is not None:
+            scores = head(x)                                                                            # B (N) K
+            labels[name] = balance(scores.flatten(0, -2), how, temperature, centres[name]).view_as(scores)
+    return labels
 
 
 # ------------------------------------------------------------------------------------------------------------ the losses

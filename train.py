@@ -29,12 +29,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import append_json, continue_from, read_json_lines, save_checkpoint, truncate_log, write_atomically
 from data import SETS, Batches, generator, held_out, load_images, mean_std, read
-from eval import monitor
+from eval import monitor, subset
 from extras.command_line import UsageError, config_from_flags, line, make_folder, option, run_main, size, start_device
 from extras.pictures import clusters, curves, reconstructions
 from mae import SIZES, count_visible, pair
-from pseudo_labels import (BALANCING, Student, balance, class_token_loss, count_labels, data_token_loss, health, me_max,
-                           over_ranks, plain_norm, signs_of_collapse)
+from pseudo_labels import (BALANCING, Student, class_token_loss, count_labels, data_token_loss, health, make_labels, me_max,
+                           over_ranks, signs_of_collapse)
 from teachers import STANDARDISE, between_images, ema_update, half_life, make_teacher, momentum, standardise
 
 # A recipe is a row of settings; a flag given on the command line goes before it. `pl-mae` is the defaults of Config.
@@ -110,17 +110,14 @@ FREE = {"data_root", "out", "eval_every", "log_every", "device", "workers", "com
 # --------------------------------------------------------------------------------------------------------------- one step
 
 def labelling_teacher_step(teacher, imgs, centres, config):
-    """Whole views B C H W -> tokens u B 1+N D and labels {"class": B K, "data": B N K}, of those that have a weight.
+    """Whole views B C H W -> tokens u B 1+N D and labels {"class": B K, "data": B N K}.
 
     A class token is given the label of the *other* view of its image: what two crops share is their content. A patch is given
     its own, as other crops have no such patch."""
-    u, labels, by = teacher.encode(imgs), {}, (config.balancing, config.teacher_temperature)
-    if config.class_weight:
-        q = balance(teacher.class_head(u[:, 0]), *by, centres["class"])                                 # B K
-        labels["class"] = q.roll(len(q) // 2, dims=0) if config.views == 2 else q
-    if config.data_weight:
-        scores = teacher.data_head(plain_norm(u[:, 1:]))                                                # B N K
-        labels["data"] = balance(scores.flatten(0, 1), *by, centres["data"]).view_as(scores)
+    u = teacher.encode(imgs)
+    labels = make_labels(teacher, u, config.balancing, config.teacher_temperature, centres)
+    if "class" in labels and config.views == 2:
+        labels["class"] = labels["class"].roll(len(imgs) // 2, dims=0)
     return u, labels
 
 
@@ -274,8 +271,7 @@ def main(argv=None):
     judged = teachers["reconstruction"] if config.consistency_weight else model            # RC-MAE keeps its teacher
 
     # What is looked at from time to time: always the same images under the same masks.
-    shown = val_ids if len(val_ids) else train_ids
-    shown = shown[torch.linspace(0, len(shown) - 1, min(200, len(shown))).long()]
+    shown = subset(val_ids if len(val_ids) else train_ids, 200)
     fixed = ((read(images, shown).to(device, dtype) / 255 - batches.mean) / batches.std)                # 200 C H W
     fixed_noise = torch.rand(min(8, len(shown)), model.num_patches, generator=generator(config.seed, "picture")).to(device)
 

@@ -11,7 +11,7 @@ import torch
 
 from checkpoint import read_json_lines, write_atomically
 from mae import patchify, unpatchify
-from pseudo_labels import balance, plain_norm
+from pseudo_labels import make_labels
 from teachers import standardise
 
 
@@ -104,12 +104,8 @@ def reconstructions(model, teacher, config, imgs, noise, mean, std, path):
 def assign(teacher, config, centres, imgs):
     """Pseudo labels of standardised images B C H W by the labelling teacher: {"class": B K, "data": B N K}, what there is."""
     u = torch.cat([teacher.encode(part) for part in imgs.split(100)])                                   # B 1+N D
-    by, labels = (config.balancing, config.teacher_temperature), {}
-    for name, head, x in (("class", teacher.class_head, u[:, 0]), ("data", teacher.data_head, plain_norm(u[:, 1:]))):
-        if head is not None:
-            scores = head(x)
-            labels[name] = balance(scores.flatten(0, -2), *by, centres[name].clone()).view_as(scores).cpu()
-    return labels
+    labels = make_labels(teacher, u, config.balancing, config.teacher_temperature, {k: v.clone() for k, v in centres.items()})
+    return {name: q.cpu() for name, q in labels.items()}
 
 
 def surroundings(picture, place, grid, reach=1):

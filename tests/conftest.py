@@ -11,6 +11,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+TOY = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=16,
+           decoder_depth=1, decoder_num_heads=2)
+
 
 def run(*args, processes=None, ok=True, **kwargs):
     """Run `train.py ...` or `eval.py ...` as a user would, in a process of its own; under torchrun with `processes`."""
@@ -40,7 +43,7 @@ def photos(tmp_path_factory):
 def small_run(photos, tmp_path):
     """Flags of a run of a few seconds: 65 of 72 images, patches of 4 x 4 of 16 x 16 pixels, 4 steps an epoch."""
     return ["--data", "imagefolder", "--data-root", photos, "--img-size", 16, "--patch-size", 4, "--batch-size", 16,
-            "--epochs", 3, "--eval-every", 1, "--log-every", 1, "--device", "cpu", "--out", tmp_path / "run"]
+            "--class-clusters", 8, "--data-clusters", 16, "--epochs", 3, "--eval-every", 1, "--log-every", 1, "--device", "cpu", "--out", tmp_path / "run"]
 
 
 def weights(path):

@@ -8,8 +8,8 @@ from torchvision.transforms.v2 import functional as TF
 import data
 from PIL import Image
 
-from checkpoint import UsageError
 from data import Batches, Images, crop_boxes, crop_flip, held_out, load_images, mean_std, recolour
+from extras.command_line import UsageError
 from eval import accuracy, knn
 from extras.shapes import KINDS, scene
 from mae import VisionTransformer, load_encoder

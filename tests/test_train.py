@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import train
-from checkpoint import UsageError, read_json_lines
+from checkpoint import read_json_lines
 from conftest import run, weights
+from extras.command_line import UsageError
 
 
 def test_learning_rate_at_both_ends():
@@ -19,7 +20,7 @@ def test_learning_rate_at_both_ends():
 
 
 def test_only_matrices_decay():
-    model = train.MaskedAutoencoder(**train.SIZES["micro"], img_size=32, patch_size=8)
+    model = train.Student(**train.SIZES["micro"], img_size=32, patch_size=8)
     decayed, rest = (g["params"] for g in train.parameter_groups(model, 0.1))
     assert all(p.ndim >= 2 for p in decayed) and not any(p is model.cls_token or p is model.mask_token for p in decayed)
     assert any(p is model.patch_embed.proj.weight for p in decayed) and any(p is model.norm.weight for p in rest)
