@@ -30,8 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import append_json, continue_from, read_json_lines, save_checkpoint, truncate_log, write_atomically
 from data import SETS, Batches, generator, held_out, load_images, mean_std, read
 from eval import monitor, subset
-from extras.command_line import UsageError, config_from_flags, line, make_folder, option, run_main, size, start_device
-from extras.pictures import clusters, curves, reconstructions
+from extras.command_line import UsageError, config_from_flags, line, make_folder, option, run_main, size, start_device, warn
+from extras.pictures import assign, clusters, curves, reconstruct, reconstructions
 from mae import SIZES, count_visible, pair
 from pseudo_labels import (BALANCING, Student, class_token_loss, count_labels, data_token_loss, health, make_labels, me_max,
                            over_ranks, signs_of_collapse)
@@ -187,6 +187,9 @@ def parse(argv=None):
         if getattr(config, f"{name}_weight") and K > samples:
             raise UsageError(f"--{name}-clusters {K}: more than the {samples} samples of a micro-batch that are shared out among "
                              f"them; use {samples // 4} or less, or a larger --batch-size")
+        if getattr(config, f"{name}_weight") and K > samples / 4:
+            warn(f"--{name}-clusters {K} for {samples} samples of a micro-batch: fewer than four samples a cluster are noise; "
+                 "use fewer clusters or a larger --batch-size")
     return config
 
 
@@ -276,29 +279,33 @@ def main(argv=None):
     fixed_noise = torch.rand(min(8, len(shown)), model.num_patches, generator=generator(config.seed, "picture")).to(device)
 
     def look(step):
-        """k-NN, pictures, checkpoint: on rank 0, while the others wait for its next gradient."""
+        """k-NN, pictures, checkpoint. All ranks compute the pictures, as balancing and standardising are over all ranks."""
         model.eval()
-        record = dict(step=step, epoch=step / steps_per_epoch, **monitor(judged, images, train_ids, val_ids, mean, std, device))
-        append_json(log, record)
-        save_checkpoint(out / "checkpoint.pt", dict(
-            {name: part.state_dict() for name, part in parts.items()}, centres=centres, arch=arch, step=step,
-            config=dataclasses.asdict(config), mean=mean, std=std, images=len(images)))
-        curves(log, out / "curves.png")
-        if config.rec_weight:
-            teacher = teachers.get("reconstruction", teachers.get("labelling"))
-            reconstructions(model, teacher, config, fixed[:8], fixed_noise, mean, std, out / "reconstructions.png")
-        if labelled:
-            clusters(teachers["labelling"], config, centres, fixed, mean, std, out / "clusters.png")
+        labels = assign(teachers["labelling"], config, centres, fixed) if labelled else {}
+        rows = reconstruct(model, teachers.get("reconstruction", teachers.get("labelling")), config, fixed[:8], fixed_noise,
+                           mean, std) if config.rec_weight else {}
+        if rank == 0:
+            found = monitor(judged, images, train_ids, val_ids, mean, std, device)
+            append_json(log, dict(step=step, epoch=step / steps_per_epoch, **found))
+            save_checkpoint(out / "checkpoint.pt", dict(
+                {name: part.state_dict() for name, part in parts.items()}, centres=centres, arch=arch, step=step,
+                config=dataclasses.asdict(config), mean=mean, std=std, images=len(images)))
+            curves(log, out / "curves.png")
+            if rows:
+                reconstructions(rows, out / "reconstructions.png")
+            if labels:
+                clusters(labels, fixed, model.grid, mean, std, out / "clusters.png")
+            if found and step:
+                say(f"   k-NN on held-out images: class token {found['knn_class']:.1%}, mean token {found['knn_mean']:.1%}")
         model.train()
-        return record
 
     if rank == 0:
         make_folder(out, "--out")
         write_atomically(out / "config.json", lambda file: file.write(json.dumps(
             dict(dataclasses.asdict(config), mean=mean, std=std, channels=images.channels), indent=2).encode()))
         truncate_log(log, start or -1)
-        if start == 0:
-            look(0)
+    if start == 0:
+        look(0)
     known = f"{len(images.classes)} classes" if images.classes else "no labels, so no k-NN"
     say(f"{config.recipe}, {config.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters), "
         f"{model.grid[0]} x {model.grid[1]} patches; {config.data}: {len(train_ids)} images to train on, {len(val_ids)} held out, "
@@ -361,10 +368,8 @@ def main(argv=None):
                 for sign in signs_of_collapse(record) - warned if done > total / 10 else ():
                     say(f"   warning: {sign}")
                     warned.add(sign)
-                if look_now:
-                    found = look(done)
-                    if "knn_mean" in found:
-                        say(f"   k-NN on held-out images: class token {found['knn_class']:.1%}, mean token {found['knn_mean']:.1%}")
+            if look_now:
+                look(done)
             sums.clear()
             waited, since, logged = 0.0, time.perf_counter(), done
 

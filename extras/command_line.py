@@ -36,6 +36,12 @@ def fail(message):
     return 2
 
 
+def warn(message):
+    """One line, by the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def run_main(main):
     """Run a command: a UsageError is one line on stderr and exit code 2, anything else a traceback, as it is a bug."""
     try:

@@ -83,21 +83,28 @@ def reconstruct(model, teacher, config, imgs, noise, mean, std):
     return rows
 
 
-def picture_rows(rows, path=None):
-    """{name: pictures} as a figure, saved to path or returned."""
-    columns = max(map(len, rows.values()))
-    figure, axes = plt.subplots(len(rows), columns, figsize=(1.3 * columns + 0.9, 1.4 * len(rows)), squeeze=False, layout="constrained")
-    for row, (name, pictures) in zip(axes, rows.items()):
-        row[0].set_ylabel(name)
-        for axis, picture in zip(row, pictures):
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        for axis in row:
-            axis.set(xticks=[], yticks=[])
-    return figure if path is None else save(figure, path)
+def mosaic(axis, rows, gap=0.08):
+    """Draw {name of a row: pictures H W (3) in 0..1} into an axis, each picture magnified to the size of the largest, as one
+    image (an axis for each picture would be slow to draw)."""
+    rows = {name: [p if p.ndim == 3 else np.repeat(p[..., None], 3, 2) for p in pictures] for name, pictures in rows.items()}
+    h, w = (max(p.shape[i] for pictures in rows.values() for p in pictures) for i in (0, 1))
+    border, columns = max(1, round(gap * min(h, w))), max(map(len, rows.values()))
+    sheet = np.ones((len(rows) * (h + border) - border, columns * (w + border) - border, 3))
+    for i, pictures in enumerate(rows.values()):
+        for j, p in enumerate(pictures):
+            p = p.repeat(h // p.shape[0], 0).repeat(w // p.shape[1], 1)
+            sheet[i * (h + border):i * (h + border) + p.shape[0], j * (w + border):j * (w + border) + p.shape[1]] = p
+    axis.imshow(sheet, interpolation="nearest")
+    axis.set(xticks=[], yticks=[i * (h + border) + h / 2 for i in range(len(rows))], yticklabels=list(rows))
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
 
 
-def reconstructions(model, teacher, config, imgs, noise, mean, std, path):
-    picture_rows(reconstruct(model, teacher, config, imgs, noise, mean, std), path)
+def reconstructions(rows, path):
+    """reconstructions.png, of what `reconstruct` returns."""
+    figure, axis = plt.subplots(figsize=(1.3 * max(map(len, rows.values())) + 1.5, 1.4 * len(rows)), layout="constrained")
+    mosaic(axis, rows)
+    save(figure, path)
 
 
 @torch.no_grad()
@@ -133,21 +140,16 @@ def galleries(labels, pictures, grid=None, clusters=6, columns=8):
             if m // N not in seen:
                 seen.add(m // N)
                 chosen.append(pictures[m // N] if grid is None else surroundings(pictures[m // N], m % N, grid))
-        rows[f"{k}"] = chosen[:columns]
+        rows[k] = chosen[:columns]
     return rows
 
 
-def clusters(teacher, config, centres, imgs, mean, std, path):
-    """clusters.png: images, and patches in their surroundings, that share a pseudo label; a row for a cluster."""
-    pictures, labels = to_pictures(imgs, mean, std), assign(teacher, config, centres, imgs)
-    sides = [(name, galleries(q, pictures, teacher.grid if name == "data" else None)) for name, q in labels.items()]
-    figure = plt.figure(figsize=(9 * len(sides), 7.5), layout="constrained")
-    for part, (name, rows) in zip(np.atleast_1d(figure.subfigures(1, len(sides))), sides):
-        part.suptitle({"class": "images that share a label of the class token", "data": "patches that share a label"}[name])
-        for row, (cluster, shown) in zip(part.subplots(6, 8, squeeze=False), rows.items()):
-            row[0].set_ylabel(f"cluster {cluster}")
-            for axis, picture in zip(row, shown):
-                axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            for axis in row:
-                axis.set(xticks=[], yticks=[])
+def clusters(labels, imgs, grid, mean, std, path):
+    """clusters.png: images, and patches in their surroundings, that share a pseudo label; a row for a cluster. labels: what
+    `assign` returns for the standardised images B C H W."""
+    pictures = to_pictures(imgs, mean, std)
+    figure, axes = plt.subplots(1, len(labels), figsize=(9 * len(labels), 7), squeeze=False, layout="constrained")
+    for axis, (name, q) in zip(axes[0], labels.items()):
+        axis.set_title({"class": "images that share a label of the class token", "data": "patches that share a label"}[name])
+        mosaic(axis, {f"cluster {k}": shown for k, shown in galleries(q, pictures, grid if name == "data" else None).items()})
     save(figure, path)

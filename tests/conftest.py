@@ -11,6 +11,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from checkpoint import read_json_lines
+
 TOY = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=16,
            decoder_depth=1, decoder_num_heads=2)
 
@@ -48,3 +50,17 @@ def small_run(photos, tmp_path):
 
 def weights(path):
     return torch.load(path, weights_only=True)["model"]
+
+
+def same(a, b, exact=True):
+    """Two runs: the same log (but for times) and the same weights."""
+    logs = [[{k: v for k, v in r.items() if k not in ("images_per_s", "data_wait", "eta_s")}
+             for r in read_json_lines(out / "metrics.jsonl")] for out in (a, b)]
+    states = [weights(out / "checkpoint.pt") for out in (a, b)]
+    if exact:
+        assert logs[0] == logs[1] and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+    else:
+        for x, y in zip(*logs, strict=True):
+            assert x.get("loss", 0) == pytest.approx(y.get("loss", 0), abs=1e-8)
+        assert max((v - states[1][k]).abs().max().item() for k, v in states[0].items()) < 1e-8
+    return len(logs[0])

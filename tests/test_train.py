@@ -7,7 +7,7 @@ import torch
 
 import train
 from checkpoint import read_json_lines
-from conftest import run, weights
+from conftest import run, same, weights
 from extras.command_line import UsageError
 
 
@@ -52,20 +52,6 @@ def test_run_learns_and_writes_its_files(small_run):
         assert last["task"] == task and last["tokens"].keys() == {"class", "mean"} and last["top1"] == last["tokens"][last["token"]]
         assert last["top1"] > 0.6                          # three classes that differ in colour
         assert read_json_lines(out / "eval.jsonl")[-1] == last
-
-
-def same(a, b, exact=True):
-    """Two runs: the same log (but for times) and the same weights."""
-    logs = [[{k: v for k, v in r.items() if k not in ("images_per_s", "data_wait", "eta_s")}
-             for r in read_json_lines(out / "metrics.jsonl")] for out in (a, b)]
-    states = [weights(out / "checkpoint.pt") for out in (a, b)]
-    if exact:
-        assert logs[0] == logs[1] and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
-    else:
-        for x, y in zip(*logs, strict=True):
-            assert x.get("loss", 0) == pytest.approx(y.get("loss", 0), abs=1e-8)
-        assert max((v - states[1][k]).abs().max().item() for k, v in states[0].items()) < 1e-8
-    return len(logs[0])
 
 
 @pytest.mark.parametrize("cut", [2, 6])                    # before the first checkpoint but that of step 0, and after it
