@@ -142,7 +142,7 @@ def load_network(options):
 
 def load_run(path):
     """A checkpoint of train.py -> student, {"labelling": teacher, "reconstruction": teacher} as far as the run had them, config
-    (a namespace), centres."""
+    (a namespace, with mean and std), centres."""
     file = load_checkpoint(path)
     if not isinstance(file, dict) or "arch" not in file or "centres" not in file:
         raise UsageError(f"--checkpoint {path}: is not of train.py, so it has no teachers and no labels; use knn or linear")
@@ -154,7 +154,7 @@ def load_run(path):
             parts = {key.split(".")[0] for key in weights}
             teachers[name] = make_teacher(student, without={key.split(".")[0] for key in file["model"]} - parts)
             teachers[name].load_state_dict(weights)
-    return student.eval().requires_grad_(False), teachers, SimpleNamespace(**file["config"]), file["centres"]
+    return student.eval().requires_grad_(False), teachers, SimpleNamespace(**file["config"], mean=file["mean"], std=file["std"]), file["centres"]
 
 
 def effective_rank(x):

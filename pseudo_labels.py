@@ -37,7 +37,8 @@ class Head(nn.Module):
         widths = (dim, *hidden, bottleneck)
         layers = [layer for pair in zip(widths, widths[1:]) for layer in (nn.Linear(*pair), nn.GELU())]
         self.mlp = nn.Sequential(*layers[:-1])
-        self.prototypes = nn.Parameter(torch.randn(clusters, bottleneck))      # only their directions count
+        # Only their directions count. Of length 1 they turn as fast as SwAV's; longer ones would turn more slowly.
+        self.prototypes = nn.Parameter(F.normalize(torch.randn(clusters, bottleneck), dim=1))
         self.mlp.apply(init_weights)
 
     def forward(self, x):

@@ -1,6 +1,7 @@
-"""The pictures of a run: curves of its log, and reconstructions of a few fixed images."""
+"""The pictures of a run: curves of its log, reconstructions of a few fixed images, and what shares a pseudo label."""
 
 import io
+import math
 
 import matplotlib
 
@@ -23,22 +24,39 @@ def save(figure, path):
 
 
 def curves(log, path):
-    """Training loss and held-out k-NN over the epochs, from metrics.jsonl."""
+    """From metrics.jsonl, over the epochs: each term of the loss (dotted: the line of collapse, ln K or the best constant), the
+    health of the labels where there are any, held-out k-NN."""
     records = read_json_lines(log)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    losses = [r for r in records if "loss" in r]
-    left.plot([r["epoch"] for r in losses], [r["loss"] for r in losses], marker="." if len(losses) < 20 else None)
-    left.set(title="training loss", xlabel="epoch", ylabel="mean squared error, masked patches")
-    tests = [r for r in records if "knn_mean" in r]
+    losses, tests = [r for r in records if "loss" in r], [r for r in records if "knn_mean" in r]
+    last = losses[-1] if losses else {}
+    labelled = [name for name in ("class", "data") if name in last]
+    figure, axes = plt.subplots(1, 3 if labelled else 2, figsize=(15 if labelled else 10, 3.6), layout="constrained", squeeze=False)
+    left, *middle, right = axes[0]
+
+    def line(axis, key, scale=1.0, of=None, **style):
+        shown = [r for r in losses if key in r]
+        axis.plot([r["epoch"] for r in shown], [r[key] / (r[of] if of else scale) for r in shown],
+                  marker="." if len(shown) < 20 else None, **style)
+
+    for i, (name, bound) in enumerate((("rec", "rec_constant"), ("consistency", None), ("class", "class_ln_k"), ("data", "data_ln_k"))):
+        if name in last:
+            line(left, name, color=f"C{i}", label={"rec": "reconstruction", "class": "class labels", "data": "data labels"}.get(name, name))
+        if bound in last:
+            line(left, bound, color=f"C{i}", linestyle=":")
+    left.set(title="training losses", xlabel="epoch")
+    for i, name in enumerate(labelled, start=2):
+        line(middle[0], f"{name}_entropy", of=f"{name}_ln_k", color=f"C{i}", label=f"{name} labels: entropy / ln K")
+        line(middle[0], f"{name}_effective", math.exp(last[f"{name}_ln_k"]), color=f"C{i}", linestyle="--", label=f"{name} labels: effective clusters / K")
+        middle[0].set(title="health of the labels", xlabel="epoch", ylim=(0, 1.05))
     for token, label in (("class", "class token"), ("mean", "mean of patch tokens")):
         right.plot([r["epoch"] for r in tests], [100 * r[f"knn_{token}"] for r in tests], marker=".", label=label)
     right.set(title="k-NN on held-out images", xlabel="epoch", ylabel="accuracy, %")
-    if tests:
-        right.legend()
-    else:
+    if not tests:
         right.text(0.5, 0.5, "no labelled images held out", ha="center", transform=right.transAxes)
-    for axis in (left, right):
+    for axis in axes[0]:
         axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend()
     save(figure, path)
 
 
