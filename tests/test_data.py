@@ -201,7 +201,7 @@ def test_raw_pixels_of_shapes_say_little():
     scenes = [scene(i) for i in range(1200)]
     x, y = torch.stack([torch.from_numpy(s[0]).flatten().float() for s in scenes]), torch.tensor([int(s[1]) for s in scenes])
     x = x - x.mean(0)
-    assert accuracy(knn(x[200:], y[200:], x[:200], len(KINDS)), y[:200]) < 0.3           # chance is 0.1
+    assert accuracy(knn(x[200:], y[200:], x[:200], len(KINDS)), y[:200]) < 0.2           # chance is 0.1
 
 
 def test_mean_std():
