@@ -41,9 +41,14 @@ class Head(nn.Module):
         self.prototypes = nn.Parameter(F.normalize(torch.randn(clusters, bottleneck), dim=1))
         self.mlp.apply(init_weights)
 
+    def project(self, x):
+        return F.normalize(self.mlp(x), dim=-1)                                                         # ... bottleneck
+
+    def compare(self, unit):
+        return unit @ F.normalize(self.prototypes, dim=-1).to(unit.dtype).T                             # ... K
+
     def forward(self, x):
-        x = F.normalize(self.mlp(x), dim=-1)                                                            # ... bottleneck
-        return x @ F.normalize(self.prototypes, dim=-1).to(x.dtype).T                                   # ... K
+        return self.compare(self.project(x))
 
 
 class Student(MaskedAutoencoder):
@@ -60,12 +65,14 @@ class Student(MaskedAutoencoder):
 
     def forward(self, imgs, mask_ratio, noise, decode=True):
         """Views B C H W under the k masks that noise (k B) N chooses -> mask (k B) N; pred, what the decoder predicts of the
-        target (k B) N P; class and data, scores (k B) K and (k B) N K. With decode=False mask and class alone."""
+        target (k B) N P; class and data, scores (k B) K and (k B) N K; unit, what the class head compares with prototypes.
+        With decode=False no pred and no data."""
         imgs = imgs.repeat(len(noise) // len(imgs), 1, 1, 1)                                            # k B C H W
         z, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)                            # k B 1+V D
         out = dict(mask=mask)
         if self.class_head is not None:
-            out["class"] = self.class_head(z[:, 0])                                                     # k B K
+            out["unit"] = self.class_head.project(z[:, 0])                                              # k B bottleneck
+            out["class"] = self.class_head.compare(out["unit"])                                         # k B K
         if decode:
             states = self.forward_decoder(z, ids_restore)                                               # k B N d
             out["pred"] = self.decoder_pred(states)                                                     # k B N P
@@ -174,6 +181,23 @@ def me_max(scores, temperature=0.1):
     return math.log(len(mean)) + torch.special.xlogy(mean, mean).sum()
 
 
+def koleo(unit, images):
+    """Unit vectors B d of the student's class tokens, and which of `images` images each is of, in order: B = n images. -> mean of
+    -log of the distance to the nearest vector of another image, which stands still; over all ranks.
+
+    It spreads the tokens of different images over the sphere (Sablayrolles et al. 2019; DINOv2). Without it labels of a fresh
+    network stay vague: its tokens lie close together, all scores are alike, and predicting 1/K is nearly right."""
+    whose = torch.arange(len(unit), device=unit.device) % images                                        # B
+    others, theirs = unit.detach(), whose
+    if distributed.is_initialized():
+        ranks = [torch.empty_like(others) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(ranks, others.contiguous())
+        others, theirs = torch.cat(ranks), torch.cat([whose + images * r for r in range(len(ranks))])
+        whose = whose + images * distributed.get_rank()
+    near = (unit.detach() @ others.T).masked_fill(whose[:, None] == theirs, -2).argmax(1)               # B
+    return -((unit - others[near]).norm(dim=1) + 1e-6).log().mean()
+
+
 # --------------------------------------------------------------------------------------------- the health of the labels
 
 def count_labels(labels):
@@ -195,21 +219,3 @@ def health(counts):
     mean = mass / samples
     return dict(entropy=(entropy / samples).item(), clusters=int((hits > 0).sum()),
                 effective=torch.special.xlogy(mean, mean).sum().neg().exp().item(), largest=(hits.max() / samples).item())
-
-
-def signs_of_collapse(record):
-    """Sentences on what looks wrong in a record of the log: a set, empty in health."""
-    signs = set()
-    for name in ("class", "data"):
-        if f"{name}_ln_k" not in record:
-            continue
-        ln_k, effective = record[f"{name}_ln_k"], record[f"{name}_effective"]
-        if record[name] > 0.99 * ln_k:
-            signs.add(f"the {name} loss stays at ln K = {ln_k:.2f}: labels are not being predicted")
-        if record[f"{name}_entropy"] > 0.98 * ln_k:
-            signs.add(f"the {name} labels are nearly uniform: they say nothing; try a lower --teacher-temperature")
-        if effective < max(2, 0.1 * math.exp(ln_k)):
-            signs.add(f"the {name} labels gather in few of their clusters: try --balancing sinkhorn or fewer clusters")
-    if record.get("rec_between", 1) < 0.05:
-        signs.add("the token targets hardly differ between images: they can be predicted without looking")
-    return signs

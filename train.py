@@ -30,17 +30,17 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import append_json, continue_from, read_json_lines, save_checkpoint, truncate_log, write_atomically
 from data import SETS, Batches, generator, held_out, load_images, mean_std, read
 from eval import monitor, subset
-from extras.command_line import UsageError, config_from_flags, line, make_folder, option, run_main, size, start_device, warn
+from extras.command_line import UsageError, config_from_flags, line, make_folder, option, run_main, signs_of_collapse, size, start_device
 from extras.pictures import assign, clusters, curves, reconstruct, reconstructions
 from mae import SIZES, count_visible, pair
-from pseudo_labels import (BALANCING, Student, class_token_loss, count_labels, data_token_loss, health, make_labels, me_max,
-                           over_ranks, signs_of_collapse)
+from pseudo_labels import (BALANCING, Student, class_token_loss, count_labels, data_token_loss, health, koleo, make_labels, me_max,
+                           over_ranks)
 from teachers import STANDARDISE, between_images, ema_update, half_life, make_teacher, momentum, standardise
 
 # A recipe is a row of settings; a flag given on the command line goes before it. `pl-mae` is the defaults of Config.
 RECIPES = {
-    "mae": dict(target="pixels", class_weight=0.0, data_weight=0.0, views=1, colours=0.0),
-    "rc-mae": dict(target="pixels", class_weight=0.0, data_weight=0.0, views=1, colours=0.0,
+    "mae": dict(target="pixels", class_weight=0.0, data_weight=0.0, views=1, colours=0.0, mask_ratio=0.75),
+    "rc-mae": dict(target="pixels", class_weight=0.0, data_weight=0.0, views=1, colours=0.0, mask_ratio=0.75,
                    consistency_weight=1.0, reconstruction_half_life="173:inf"),
     "mim-cluster": dict(target="pixels", teachers=1),
     "pl-mae-one-teacher": dict(teachers=1),
@@ -63,7 +63,7 @@ class Config:
     # the views
     views: int = option(2, "views (crops) of an image: with 2, the class token predicts the label of the other one", choices=[1, 2])
     masks: int = option(1, "masks of a view: more students for one pass of the teachers (data2vec 2.0)", range=(1, 64))
-    mask_ratio: float = option(0.75, "share of the patches that is hidden (MAE)")
+    mask_ratio: float = option(0.5, "share of the patches that is hidden (MAE 0.75)")
     crop: float = option(0.35, "smallest area of a random crop, as a share of the image; 1 does not crop (MAE: 0.2)", range=(1e-3, 1))
     colours: float = option(5.0, "changes of brightness, contrast, saturation, hue: 0 none (MAE), 1 MC-SSL's, 5 any hue", range=(0, 5))
     # the reconstruction
@@ -75,13 +75,14 @@ class Config:
     consistency_weight: float = option(0.0, "weight of RC-MAE's term: predict the pixels that a teacher predicts", range=(0, math.inf))
     # the pseudo labels
     class_weight: float = option(1.0, "weight of the class token's labels; 0 turns them off", range=(0, math.inf))
-    class_clusters: int = option(64, "number of clusters (prototypes) of class tokens", range=(2, math.inf))
+    class_clusters: int = option(32, "number of clusters (prototypes) of class tokens", range=(2, math.inf))
+    koleo_weight: float = option(0.5, "weight of KoLeo beside the class labels: keeps class tokens of different images apart", range=(0, math.inf))
     data_weight: float = option(0.5, "weight of the data (patch) tokens' labels; 0 turns them off", range=(0, math.inf))
     data_clusters: int = option(128, "number of clusters (prototypes) of data tokens", range=(2, math.inf))
     data_labels: str = option("both", "which patches predict their labels", choices=["visible", "masked", "both"])
     balancing: str = option("sinkhorn", "what keeps the labels from gathering in one cluster", choices=list(BALANCING))
     student_temperature: float = option(0.1, "of the student's predictions (MC-SSL, iBOT)", range=(1e-3, math.inf))
-    teacher_temperature: float = option(0.05, "of the labels; lower is more certain (SwAV)", range=(1e-3, math.inf))
+    teacher_temperature: float = option(0.0125, "of the labels; lower is more certain (SwAV 0.05, MSN 0.025)", range=(1e-3, math.inf))
     # the teachers
     teachers: int = option(2, "2: one for labels, one for token targets; 1: the labelling teacher does both", choices=[1, 2])
     labelling_half_life: str = option("0.01", "of the labelling teacher: below 1 a share of the run, else steps; A:B changes", half_life)
@@ -149,6 +150,8 @@ def losses(out, labels, targets, config):
         terms["consistency"] = masked_mean((out["pred"] - targets["consistency"]).square().mean(-1))
     if config.class_weight:
         terms["class"] = class_token_loss(out["class"], masks(labels["class"]), t)
+    if config.class_weight and config.koleo_weight:
+        terms["koleo"] = koleo(out["unit"], len(labels["class"]) // config.views)
     if config.data_weight:
         terms["data"] = data_token_loss(out["data"], masks(labels["data"]), out["mask"], config.data_labels, t)
     loss = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
@@ -187,9 +190,6 @@ def parse(argv=None):
         if getattr(config, f"{name}_weight") and K > samples:
             raise UsageError(f"--{name}-clusters {K}: more than the {samples} samples of a micro-batch that are shared out among "
                              f"them; use {samples // 4} or less, or a larger --batch-size")
-        if getattr(config, f"{name}_weight") and K > samples / 4:
-            warn(f"--{name}-clusters {K} for {samples} samples of a micro-batch: fewer than four samples a cluster are noise; "
-                 "use fewer clusters or a larger --batch-size")
     return config
 
 
@@ -306,6 +306,11 @@ def main(argv=None):
         truncate_log(log, start or -1)
     if start == 0:
         look(0)
+    for name, K in labelled.items():
+        samples = config.batch_size // config.accumulate * config.views * (model.num_patches if name == "data" else 1)
+        if K > samples / 4:
+            say(f"warning: --{name}-clusters {K} for {samples} samples of a micro-batch: fewer than four a cluster are noise; "
+                "use fewer clusters or a larger --batch-size")
     known = f"{len(images.classes)} classes" if images.classes else "no labels, so no k-NN"
     say(f"{config.recipe}, {config.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters), "
         f"{model.grid[0]} x {model.grid[1]} patches; {config.data}: {len(train_ids)} images to train on, {len(val_ids)} held out, "

@@ -45,7 +45,7 @@ def photos(tmp_path_factory):
 def small_run(photos, tmp_path):
     """Flags of a run of a few seconds: 65 of 72 images, patches of 4 x 4 of 16 x 16 pixels, 4 steps an epoch."""
     return ["--data", "imagefolder", "--data-root", photos, "--img-size", 16, "--patch-size", 4, "--batch-size", 16,
-            "--class-clusters", 8, "--data-clusters", 16, "--epochs", 3, "--eval-every", 1, "--log-every", 1, "--device", "cpu", "--out", tmp_path / "run"]
+            "--class-clusters", 4, "--data-clusters", 16, "--epochs", 3, "--eval-every", 1, "--log-every", 1, "--device", "cpu", "--out", tmp_path / "run"]
 
 
 def weights(path):

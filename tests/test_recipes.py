@@ -62,9 +62,9 @@ def test_gradient_reaches_the_student_and_no_teacher(flags):
 
 
 def test_loss_is_the_weighted_sum():
-    config, *rest = setting("--rec-weight", "2", "--class-weight", "3", "--data-weight", "0.25")
+    config, *rest = setting("--rec-weight", "2", "--class-weight", "3", "--data-weight", "0.25", "--koleo-weight", "4")
     terms, _, _ = step(config, *rest)
-    torch.testing.assert_close(terms["loss"], 2 * terms["rec"] + 3 * terms["class"] + 0.25 * terms["data"])
+    torch.testing.assert_close(terms["loss"], 2 * terms["rec"] + 3 * terms["class"] + 0.25 * terms["data"] + 4 * terms["koleo"])
 
 
 def test_token_loss_is_its_formula():
@@ -90,7 +90,7 @@ def test_swapping_the_views_swaps_the_class_labels_and_nothing_else():
 
 
 def test_all_masks_of_a_view_have_its_labels():
-    config, student, teachers, centres, imgs, noise = setting("--masks", "2", "--mask-ratio", "0.5")
+    config, student, teachers, centres, imgs, noise = setting("--masks", "2", "--mask-ratio", "0.5", "--koleo-weight", "0")
     both, _, _ = step(config, student, teachers, centres, imgs, noise)
     one = copy.copy(config)
     one.masks = 1

@@ -3,7 +3,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 import train
 from checkpoint import read_json_lines
@@ -29,13 +28,13 @@ def test_only_matrices_decay():
 
 def test_flags_go_before_the_recipe(monkeypatch):
     monkeypatch.setitem(train.RECIPES, "mae", dict(mask_ratio=0.5, lr=3.0))
-    config = train.parse(["--lr", "2", "--img-size", "16x24", "--patch-size", "8", "--no-norm-pix-loss"])
+    config = train.parse(["--recipe", "mae", "--lr", "2", "--img-size", "16x24", "--patch-size", "8", "--no-norm-pix-loss"])
     assert (config.lr, config.mask_ratio, config.img_size, config.patch_size, config.norm_pix_loss) == (2.0, 0.5, [16, 24], 8, False)
 
 
 def test_run_learns_and_writes_its_files(small_run):
     out = small_run[-1]
-    result = run("train.py", *small_run, "--epochs", 20, "--eval-every", 10, "--model", "micro", "--colours")
+    run("train.py", *small_run, "--epochs", 20, "--eval-every", 10, "--model", "micro", "--colours", 1, "--recipe", "mae")
     assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.pt", "curves.png", "reconstructions.png"}
     records = read_json_lines(out / "metrics.jsonl")
     losses = [r["loss"] for r in records if "loss" in r]
@@ -44,7 +43,7 @@ def test_run_learns_and_writes_its_files(small_run):
     assert {"lr", "grad_norm", "images_per_s", "data_wait", "eta_s"} <= records[1].keys()
     config = json.loads((out / "config.json").read_text())
     assert config["recipe"] == "mae" and len(config["mean"]) == 3
-    again = run("train.py", *small_run, "--epochs", 20, "--eval-every", 10, "--model", "micro", "--colours")
+    again = run("train.py", *small_run, "--epochs", 20, "--eval-every", 10, "--model", "micro", "--colours", 1, "--recipe", "mae")
     assert "finished already: steps 80 to 80" in again.stderr and read_json_lines(out / "metrics.jsonl") == records
 
     for task in ("knn", "linear"):
@@ -84,7 +83,7 @@ def test_workers_do_not_change_a_run(small_run, tmp_path):
 
 def test_two_processes_equal_one(small_run, tmp_path):
     """Same global batch, float64, 20 steps; the two processes also compute each step in two micro-batches."""
-    flags = [*small_run[:-1], tmp_path / "one", "--precision", "fp64", "--epochs", 5, "--eval-every", 5, "--colours"]
+    flags = [*small_run[:-1], tmp_path / "one", "--precision", "fp64", "--epochs", 5, "--eval-every", 5, "--colours", 1, "--recipe", "mae"]
     run("train.py", *flags)
     flags[flags.index(tmp_path / "one")] = tmp_path / "two"
     run("train.py", *flags, "--accumulate", 2, processes=2)
