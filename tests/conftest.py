@@ -26,6 +26,11 @@ def run(*args, processes=None, ok=True, **kwargs):
     return result
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)                                   # a test draws the same numbers alone and among others
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """An image folder of 3 classes (hue of a gradient), 24 + 6 PNG files of various sizes each, 16 pixels at least."""

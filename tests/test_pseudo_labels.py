@@ -36,8 +36,8 @@ def test_sinkhorn_rows_are_exact_and_columns_loose():
     torch.testing.assert_close(q.sum(1), torch.ones(512))
     uneven = lambda q: (q.sum(0) / 8 - 1).abs().mean()     # about 1 % for cosines at 0.05
     assert 1e-6 < uneven(q) < 0.02
-    plain = balance(scores + torch.linspace(0, 0.5, 64), "me-max", 0.05, torch.ones(64))                       # one cluster is everyone's favourite
-    assert plain.sum(0).max() > 50 and uneven(sinkhorn(scores + torch.linspace(0, 0.5, 64))) < 0.02
+    plain = balance(scores + torch.linspace(0, 0.5, 64), "me-max", 0.05, torch.ones(64))         # some clusters are favourites
+    assert plain.sum(0).max() > 3 * 8 and uneven(sinkhorn(scores + torch.linspace(0, 0.5, 64))) < 0.02
 
 
 def test_sinkhorn_ignores_a_constant_on_a_column_or_everywhere():
