@@ -109,3 +109,43 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     torch.save(Evil(), tmp_path / "evil.pt")
     with pytest.raises(UsageError, match="safely"):
         load_checkpoint(tmp_path / "evil.pt")
+
+
+def test_diagnose(small_run, capsys):
+    """Of a finished run: features and labels in numbers; a teacher that copied the student agrees with it entirely."""
+    train.main([str(f) for f in small_run] + ["--labelling-half-life", "0", "--reconstruction-half-life", "20"])
+    for network in ("student", "labelling-teacher", "reconstruction-teacher"):
+        capsys.readouterr()
+        evaluation.main(["diagnose", "--checkpoint", str(small_run[-1] / "checkpoint.pt"), "--network", network, "--device", "cpu"])
+        record = evaluation.json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert record["task"] == "diagnose" and record["network"] == network and record["images"] == 7
+        assert record["student_vs_labelling-teacher_class"] == pytest.approx(1) and record["class_student_agrees"] == 1
+        assert record["student_vs_reconstruction-teacher_class"] < 1
+        assert 0 <= record["class_entropy"] <= record["class_ln_k"] and 0 <= record["data_nmi_position"] <= 1
+        assert 1 <= record["effective_rank_class"] <= 7 and 0 <= record["class_matched_accuracy"] <= 1
+
+
+def test_effective_rank_and_spread():
+    x = torch.randn(400, 16)
+    x[:, 4:] = 0
+    assert 3.5 < evaluation.effective_rank(x) <= 4
+    assert evaluation.spread(torch.randn(2000, 16)) == pytest.approx(1, abs=0.02)
+    assert evaluation.spread(torch.ones(50, 16) + 1e-4 * torch.randn(50, 16)) < 0.01
+
+
+def test_networks_that_are_not_there(small_run, photos, capsys, monkeypatch):
+    train.main([str(f) for f in small_run] + ["--epochs", "0", "--recipe", "mae"])
+    path = small_run[-1] / "checkpoint.pt"
+    capsys.readouterr()
+    assert "it has student, reconstruction-teacher" in refused(capsys, monkeypatch, "knn", "--checkpoint", path, "--network", "labelling-teacher")
+    assert "has no labels" in refused(capsys, monkeypatch, "diagnose", "--checkpoint", path, "--network", "pixels")
+    torch.save(torch.load(path)["model"], path.parent / "bare.pt")
+    assert "not of train.py" in refused(capsys, monkeypatch, "diagnose", "--checkpoint", path.parent / "bare.pt", "--num-heads", 3,
+                                        "--data", "imagefolder", "--data-root", photos)
+
+
+def test_rc_mae_is_judged_by_its_teacher(small_run, capsys):
+    train.main([str(f) for f in small_run] + ["--epochs", "0", "--recipe", "rc-mae"])
+    capsys.readouterr()
+    evaluation.main(["knn", "--checkpoint", str(small_run[-1] / "checkpoint.pt"), "--device", "cpu"])
+    assert evaluation.json.loads(capsys.readouterr().out)["network"] == "reconstruction-teacher"
