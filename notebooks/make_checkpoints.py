@@ -14,11 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from checkpoint import load_checkpoint, save_checkpoint
 
-for recipe in ("mae", "pl-mae"):
+for recipe, epochs in (("mae", 60), ("pl-mae", 24)):
     run = Path("runs") / f"{recipe}-shapes-micro"
-    train.main(["--recipe", recipe, "--out", str(run)])    # a finished run is left as it is
+    train.main(["--recipe", recipe, "--epochs", str(epochs), "--out", str(run)])    # a finished run is left as it is
     file = load_checkpoint(run / "checkpoint.pt")
     del file["optimizer"]
+    if recipe == "mae":
+        del file["reconstruction_teacher"]                 # its average weights are not looked at
     for part in ("model", "labelling_teacher", "reconstruction_teacher", "centres"):
         file[part] = {name: value.half() for name, value in file.get(part, {}).items()}
     file = {name: value for name, value in file.items() if value != {} or name == "centres"}
