@@ -12,12 +12,6 @@ Letters:  B images, C channels, H W height and width, N patches of an image, V v
 `VisionTransformer` is the encoder alone: what one keeps after training. `MaskedAutoencoder` is that encoder with a
 decoder: what one trains. Parameter names and shapes are those of the official MAE code (He et al., CVPR 2022), whose
 encoder part has the names of timm's VisionTransformer, so weights move between the three in both directions.
-
-From a checkpoint to features of one's own images:
-
-    encoder, transform = load_encoder("runs/mae-shapes-micro/checkpoint.pt")
-    images = torch.stack([transform(Image.open(path)) for path in paths])          # B C H W
-    tokens = encoder(images)                    # B 1+N D: tokens[:, 0] class token, tokens[:, 1:] patch tokens
 """
 
 import torch
