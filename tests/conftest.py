@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)                                   # on tiny tensors a second thread costs more than it brings
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import read_json_lines
