@@ -1,8 +1,8 @@
 """The files of a run: one checkpoint from which it continues, its config, its log; and weights of others.
 
 `checkpoint.pt` is a dictionary of plain data and tensors, so that it loads with `weights_only=True` (no code in it is
-ever executed): `model` (state_dict), `arch` (arguments of MaskedAutoencoder), `optimizer`, `step`, `config`, `mean`,
-`std`. Random states are not in it because there are none: every random number of a run is a function of (seed, step).
+ever executed): `model` (the student's state_dict), `arch` (arguments of Student), `labelling_teacher` and `reconstruction_teacher`
+as far as the recipe has them, `centres`, `optimizer`, `step`, `config`, `mean`, `std`. Random states are not in it because there are none: every random number of a run is a function of (seed, step).
 """
 
 import argparse

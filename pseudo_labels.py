@@ -182,8 +182,8 @@ def me_max(scores, temperature=0.1):
 
 
 def koleo(unit, images):
-    """Unit vectors B d of the student's class tokens, and which of `images` images each is of, in order: B = n images. -> mean of
-    -log of the distance to the nearest vector of another image, which stands still; over all ranks.
+    """Unit vectors B d of the student's class tokens -> mean of -log of the distance to the nearest one of another image, which
+    stands still. Row i is of image i % images: all views and masks of the same few images, one after the other; over all ranks.
 
     It spreads the tokens of different images over the sphere (Sablayrolles et al. 2019; DINOv2). Without it labels of a fresh
     network stay vague: its tokens lie close together, all scores are alike, and predicting 1/K is nearly right."""

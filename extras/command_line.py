@@ -30,7 +30,7 @@ def fail(message):
     """Print the one line (of several processes only the first does); return the exit code of a usage error.
 
     A DataLoader worker hands its error on as a traceback, whose last line says what it is."""
-    line = str(message).strip().splitlines()[-1].removeprefix("checkpoint.UsageError: ")
+    line = str(message).strip().splitlines()[-1].removeprefix(f"{UsageError.__module__}.UsageError: ")
     if os.environ.get("RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
     return 2

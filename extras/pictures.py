@@ -24,7 +24,7 @@ def save(figure, path):
 
 
 def curves(log, path):
-    """From metrics.jsonl, over the epochs: each term of the loss (dotted: the line of collapse, ln K or the best constant), the
+    """From metrics.jsonl, over the epochs: reconstruction and label losses (dotted: the line of collapse, ln K or the best constant), the
     health of the labels where there are any, held-out k-NN."""
     records = read_json_lines(log)
     losses, tests = [r for r in records if "loss" in r], [r for r in records if "knn_mean" in r]

@@ -7,7 +7,7 @@ import pytest
 import train
 from checkpoint import read_json_lines
 from conftest import run, same, weights
-from extras.command_line import UsageError
+from extras.command_line import UsageError, fail
 
 
 def test_learning_rate_at_both_ends():
@@ -145,3 +145,10 @@ def test_a_loss_that_is_no_number_stops_the_run(small_run):
 def test_help_documents_every_field():
     text = run("train.py", "--help").stdout
     assert all("--" + f.replace("_", "-") in text for f in train.Config.__dataclass_fields__)
+
+
+def test_an_error_of_a_worker_is_one_line(capsys):
+    """A DataLoader worker hands its error on as a traceback with the class's full name in the last line."""
+    name = f"{UsageError.__module__}.{UsageError.__qualname__}"
+    assert fail(f"Caught UsageError in DataLoader worker process 0.\nTraceback ...\n{name}: --data-root: a.png cannot be decoded") == 2
+    assert capsys.readouterr().err.endswith(": error: --data-root: a.png cannot be decoded\n")
