@@ -247,7 +247,8 @@ class MaskedAutoencoder(VisionTransformer):
         patches = patchify(imgs, self.patch_size)
         return standardise_patches(patches) if self.norm_pix_loss else patches
 
-    def forward_loss(self, pred, target, mask):
+    @staticmethod
+    def forward_loss(pred, target, mask):
         """Mean over the masked patches of the mean squared error of a patch; visible patches do not count."""
         per_patch = (pred - target).square().mean(-1)                                                   # B N
         return (per_patch * mask).sum() / mask.sum()

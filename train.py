@@ -142,12 +142,11 @@ def losses(out, labels, targets, config):
     """What the student put out, and what it should have put out -> each term, and their weighted sum as "loss"."""
     k, t = config.masks, config.student_temperature
     masks = lambda x: x.repeat(k, *[1] * (x.ndim - 1)) if k > 1 else x         # all masks of a view have its target
-    masked_mean = lambda x: (x * out["mask"]).sum() / out["mask"].sum()
     terms = {}
     if config.rec_weight:
-        terms["rec"] = masked_mean((out["pred"] - masks(targets["rec"])).square().mean(-1))
+        terms["rec"] = Student.forward_loss(out["pred"], masks(targets["rec"]), out["mask"])
     if config.consistency_weight:
-        terms["consistency"] = masked_mean((out["pred"] - targets["consistency"]).square().mean(-1))
+        terms["consistency"] = Student.forward_loss(out["pred"], targets["consistency"], out["mask"])
     if config.class_weight:
         terms["class"] = class_token_loss(out["class"], masks(labels["class"]), t)
     if config.class_weight and config.koleo_weight:
