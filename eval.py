@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import NETWORKS, append_json, load_checkpoint
+from checkpoint import append_json, load_checkpoint
 from data import SETS, held_out, load_images, read
 from extras.command_line import Parser, UsageError, find_device, run_main
 from extras.matching import matched_accuracy, nmi
-from mae import ENCODER_ARGUMENTS, VisionTransformer, load_encoder
+from extras.weights import ENCODER_ARGUMENTS, NETWORKS
+from mae import VisionTransformer, load_encoder
 from pseudo_labels import Student, count_labels, health, make_labels
 from teachers import make_teacher
 

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import load_weights, read_encoder
-from extras.images import image_transform
+from extras.weights import load_encoder                    # noqa: F401  what one comes here for after training
 
 # Encoder sizes: small, base, large are the ViTs of Dosovitskiy et al. 2021, tiny that of DeiT; micro is ours, for CPUs.
 # Decoders: base and large are MAE's; the narrower ones of the small models are our choice.
@@ -30,7 +29,6 @@ SIZES = {
     "base": dict(embed_dim=768, depth=12, num_heads=12, decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16),
     "large": dict(embed_dim=1024, depth=24, num_heads=16, decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16),
 }
-ENCODER_ARGUMENTS = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 
 def pair(size):
@@ -262,18 +260,3 @@ class MaskedAutoencoder(VisionTransformer):
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
         pred = self.decoder_pred(self.forward_decoder(latent, ids_restore))                             # B N P
         return self.forward_loss(pred, target, mask), pred, mask
-
-
-# ----------------------------------------------------------------------------------------------------- trained weights
-
-def load_encoder(path, num_heads=None, network=None):
-    """A checkpoint of train.py, or a file of official MAE or timm weights -> encoder, transform.
-
-    encoder: a VisionTransformer in eval mode (B C H W -> B 1+N D); its `info` has `mean` and `std` of training (ImageNet's for
-    others' files), and of a file of ours its `arch`, `config`, `step`. transform: PIL image -> its input, C H W. network:
-    "student", or one of the teachers that the run had; None: what its recipe is judged by (RC-MAE: the teacher)."""
-    state, arch, info = read_encoder(path, num_heads, network)
-    encoder = VisionTransformer(**{k: arch[k] for k in ENCODER_ARGUMENTS})
-    load_weights(encoder, {k: v for k, v in state.items() if not k.startswith(("decoder_", "mask_token", "class_head", "data_head"))})
-    encoder.info = info
-    return encoder.eval().requires_grad_(False), image_transform(encoder.img_size, encoder.in_chans, info["mean"], info["std"])

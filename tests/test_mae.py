@@ -6,9 +6,9 @@ from PIL import Image
 from torch import nn
 
 import mae
-from checkpoint import load_weights, read_encoder
 from conftest import TOY
 from extras.images import IMAGENET_MEAN, IMAGENET_STD
+from extras.weights import load_weights, read_encoder
 from mae import MaskedAutoencoder, VisionTransformer, load_encoder, patchify, random_masking, unpatchify
 
 @pytest.mark.parametrize("channels, size, patch", [(1, (8, 8), 4), (3, (8, 12), 2), (4, (6, 12), (3, 4))])
