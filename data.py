@@ -1,9 +1,8 @@
 """Images by name, and batches in which every sample has crops, flips and colours of its own.
 
-Small sets are decoded once into a uint8 tensor that lives on the device, and are augmented there, a batch at a time:
-a crop with its resize is two matrix products per image, a flip reverses a matrix, a colour change is arithmetic with one
-number per image. (torchvision's transforms draw one set of parameters for a whole batch.) Sets larger than
-`resident_gb` stream from the disk: DataLoader workers decode and crop, the device flips and recolours.
+Small sets are decoded once into a uint8 tensor that lives on the device, and are augmented there, a batch at a time: a crop with
+its resize is two matrix products per image, a flip reverses a matrix, a colour change is arithmetic with one number per image.
+Sets larger than `resident_gb` stream from the disk: DataLoader workers decode and crop, the device flips and recolours.
 
 All random numbers of a step are drawn on the CPU, for the *global* batch, from (seed, step), and sliced by rank. So
 neither workers, nor the number of processes, nor a stop and restart changes them.
@@ -39,8 +38,7 @@ SETS = {
     "imagefolder": (224, 16, 3),
 }
 LUMA = (0.2989, 0.587, 0.114)          # grey of red, green, blue (ITU-R BT.601, torchvision's digits)
-# A quarter turn of the two chroma axes of YIQ, as a matrix on red, green, blue: to YIQ, turn, and back. Plain numbers, as
-# to invert a matrix or copy one to a GPU inside the training loop would make the host wait.
+# A quarter turn of the two chroma axes of YIQ, on red, green, blue. Plain numbers: copying a matrix to a GPU makes the host wait.
 YIQ = np.array([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
 QUARTER_TURN = (np.linalg.inv(YIQ) @ np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ YIQ).tolist()
 
@@ -134,10 +132,8 @@ def from_files(paths, labels, classes, size, channels, resident_gb):
 
 
 def held_out(images, fraction):
-    """Indices to train on, and the `fraction` of all images kept out of training to be tested on meanwhile.
-
-    Every n-th image is held out, whatever the seed, so that all runs on a set share their validation images and the
-    test split stays untouched until the end. Without labels nothing can be tested and nothing is held out."""
+    """Indices to train on, and the `fraction` of all images kept out of training to be tested on meanwhile: every n-th one,
+    whatever the seed, so that all runs on a set share them and the test split stays untouched. Without labels none is."""
     ids, labelled = torch.arange(len(images)), torch.nonzero(images.labels >= 0).flatten()
     out = labelled[(torch.arange(len(labelled)) * fraction).long() != ((torch.arange(len(labelled)) + 1) * fraction).long()]
     return ids[~torch.isin(ids, out)], out
@@ -252,9 +248,8 @@ class CroppedFiles(torch.utils.data.Dataset):
 
 @dataclass
 class Batches:
-    """Training batches of one rank. `run(start, stop)` yields, step by step, the `accumulate` micro-batches of a step as
-    pairs: images (V b) C H W, standardised, all first views before all second ones, and mask noise (k V b) N, one mask of all
-    views before the next.
+    """Training batches of one rank. `run(start, stop)` yields the `accumulate` micro-batches of each step: images (V b) C H W,
+    standardised, all first views before all second ones, and mask noise (k V b) N, one mask of all views before the next.
 
     ids: the images to train on; batch: B, of all ranks and micro-batches together; patches: N; smallest: least area of a
     crop; colours: how strongly colours are changed. The last, incomplete batch of an epoch is left out."""

@@ -6,8 +6,7 @@
     python train.py --data imagefolder --data-root DIR --model small         # DIR/train/<class>/* or a folder of images
     torchrun --nproc-per-node 8 train.py --data imagefolder --data-root DIR --model base --batch-size 2048
 
-Writes config.json, metrics.jsonl, checkpoint.pt, curves.png, reconstructions.png and clusters.png into --out. The same
-command on the same --out continues a run that was cut off, bit for bit on a CPU.
+Writes checkpoint.pt, config.json, metrics.jsonl and pictures into --out. The same command continues a run that was cut off.
 
 Letters:  B views in the batch (all first views of the images, then all second ones), k masks of a view, N patches, V visible,
           D width of the encoder, d of the decoder, K clusters.
@@ -30,11 +29,11 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import append_json, continue_from, read_json_lines, save_checkpoint, truncate_log, write_atomically
 from data import SETS, Batches, generator, held_out, load_images, mean_std, read
 from eval import monitor, subset
-from extras.command_line import UsageError, config_from_flags, line, make_folder, option, run_main, signs_of_collapse, size, start_device
+from extras.command_line import UsageError, config_from_flags, make_folder, option, run_main, size, start_device
+from extras.log import averages, line, signs_of_collapse
 from extras.pictures import assign, clusters, curves, reconstruct, reconstructions
 from mae import SIZES, count_visible, pair
-from pseudo_labels import (BALANCING, Student, class_token_loss, count_labels, data_token_loss, health, koleo, make_labels, me_max,
-                           over_ranks)
+from pseudo_labels import BALANCING, Student, class_token_loss, count_labels, data_token_loss, koleo, make_labels, me_max
 from teachers import STANDARDISE, between_images, ema_update, half_life, make_teacher, momentum, standardise
 
 # A recipe is a row of settings; a flag given on the command line goes before it. `pl-mae` is the defaults of Config.
@@ -42,8 +41,8 @@ RECIPES = {
     "mae": dict(target="pixels", class_weight=0.0, data_weight=0.0, views=1, colours=0.0, mask_ratio=0.75),
     "rc-mae": dict(target="pixels", class_weight=0.0, data_weight=0.0, views=1, colours=0.0, mask_ratio=0.75,
                    consistency_weight=1.0, reconstruction_half_life="173:inf"),
-    "mim-cluster": dict(target="pixels", teachers=1),
-    "pl-mae-one-teacher": dict(teachers=1),
+    "mim-cluster": dict(target="pixels", teachers=1, labelling_half_life="0.01"),
+    "pl-mae-one-teacher": dict(teachers=1, labelling_half_life="0.01"),
     "pl-mae": dict(),
 }
 
@@ -77,7 +76,7 @@ class Config:
     class_weight: float = option(1.0, "weight of the class token's labels; 0 turns them off", range=(0, math.inf))
     class_clusters: int = option(32, "number of clusters (prototypes) of class tokens", range=(2, math.inf))
     koleo_weight: float = option(0.5, "weight of KoLeo beside the class labels: keeps class tokens of different images apart", range=(0, math.inf))
-    data_weight: float = option(0.5, "weight of the data (patch) tokens' labels; 0 turns them off", range=(0, math.inf))
+    data_weight: float = option(0.1, "weight of the data (patch) tokens' labels; 0 turns them off", range=(0, math.inf))
     data_clusters: int = option(128, "number of clusters (prototypes) of data tokens", range=(2, math.inf))
     data_labels: str = option("both", "which patches predict their labels", choices=["visible", "masked", "both"])
     balancing: str = option("sinkhorn", "what keeps the labels from gathering in one cluster", choices=list(BALANCING))
@@ -85,8 +84,8 @@ class Config:
     teacher_temperature: float = option(0.0125, "of the labels; lower is more certain (SwAV 0.05, MSN 0.025)", range=(1e-3, math.inf))
     # the teachers
     teachers: int = option(2, "2: one for labels, one for token targets; 1: the labelling teacher does both", choices=[1, 2])
-    labelling_half_life: str = option("0.01", "of the labelling teacher: below 1 a share of the run, else steps; A:B changes", half_life)
-    reconstruction_half_life: str = option("0.01", "of the reconstruction teacher, likewise; without labels, of the only teacher", half_life)
+    labelling_half_life: str = option("0.003", "of the labelling teacher: below 1 a share of the run, else steps; A:B changes", half_life)
+    reconstruction_half_life: str = option("0.03", "of the reconstruction teacher, likewise; without labels, of the only teacher", half_life)
     # the optimiser
     lr: float = option(1e-3, "highest learning rate, for whatever batch (MAE at scale: 1.5e-4 x batch / 256)", range=(0, math.inf))
     weight_decay: float = option(0.05, "of weight matrices; not of biases, norms, tokens, prototypes (MAE)", range=(0, math.inf))
@@ -204,8 +203,7 @@ def parameter_groups(model, weight_decay):
     """Weight decay on matrices only: a bias, a norm, a class or mask token has a scale that means something."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decays = lambda name, p: name.endswith(".weight") and p.ndim >= 2
-    return [dict(params=[p for n, p in named if decays(n, p)], weight_decay=weight_decay),
-            dict(params=[p for n, p in named if not decays(n, p)], weight_decay=0.0)]
+    return [dict(params=[p for n, p in named if decays(n, p) == yes], weight_decay=weight_decay * yes) for yes in (True, False)]
 
 
 # --------------------------------------------------------------------------------------------------------------- the run
@@ -214,7 +212,7 @@ def main(argv=None):
     config = parse(argv)
     rank, world, device, dtype, bf16 = start_device(config)
     out, log = Path(config.out), Path(config.out) / "metrics.jsonl"
-    say = (lambda text: print(text, file=sys.stderr, flush=True)) if rank == 0 else lambda text: None
+    say = lambda text: print(text, file=sys.stderr, flush=True) if rank == 0 else None
 
     # Data. Rank 0 goes first: what it downloads or draws, the others find.
     if rank > 0:
@@ -279,7 +277,6 @@ def main(argv=None):
 
     def look(step):
         """k-NN, pictures, checkpoint. All ranks compute the pictures, as balancing and standardising are over all ranks."""
-        model.eval()
         labels = assign(teachers["labelling"], config, centres, fixed) if labelled else {}
         rows = reconstruct(model, teachers.get("reconstruction", teachers.get("labelling")), config, fixed[:8], fixed_noise,
                            mean, std) if config.rec_weight else {}
@@ -296,7 +293,6 @@ def main(argv=None):
                 clusters(labels, fixed, model.grid, mean, std, out / "clusters.png")
             if found and step:
                 say(f"   k-NN on held-out images: class token {found['knn_class']:.1%}, mean token {found['knn_mean']:.1%}")
-        model.train()
 
     if rank == 0:
         make_folder(out, "--out")
@@ -310,10 +306,9 @@ def main(argv=None):
         if K > samples / 4:
             say(f"warning: --{name}-clusters {K} for {samples} samples of a micro-batch: fewer than four a cluster are noise; "
                 "use fewer clusters or a larger --batch-size")
-    known = f"{len(images.classes)} classes" if images.classes else "no labels, so no k-NN"
     say(f"{config.recipe}, {config.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters), "
         f"{model.grid[0]} x {model.grid[1]} patches; {config.data}: {len(train_ids)} images to train on, {len(val_ids)} held out, "
-        f"{known}; {device}, {world} process(es)")
+        f"{len(images.classes) or 'no'} classes; {device}, {world} process(es)")
     say(f"{'continues: ' if 0 < start < total else 'finished already: ' if start else ''}steps {start} to {total}, into {out}")
 
     # The loop.
@@ -352,14 +347,7 @@ def main(argv=None):
         look_now = done == total or done % eval_steps == 0
         if look_now or done % config.log_every == 0:       # only here does the host wait for the device
             steps, seconds = done - logged, time.perf_counter() - since
-            means = {name: over_ranks(value) / world / steps for name, value in sums.items()}
-            record = dict(step=done, epoch=done / steps_per_epoch)
-            for name, value in means.items():
-                if name.endswith("_counts"):
-                    K, name = labelled[name.removesuffix("_counts")], name.removesuffix("_counts")
-                    record |= {f"{name}_ln_k": math.log(K)} | {f"{name}_{k}": v for k, v in health(value).items()}
-                else:
-                    record[name] = value.item()
+            record = dict(step=done, epoch=done / steps_per_epoch, **averages(sums, world * steps))
             record |= dict({f"{name}_momentum": m for name, m in momenta.items()}, lr=lr, grad_norm=norm.item(),
                            images_per_s=round(steps * config.batch_size / seconds, 1), data_wait=round(waited / seconds, 4),
                            eta_s=round((total - done) * seconds / steps, 1))

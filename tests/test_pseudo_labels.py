@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import TOY
-from extras.command_line import signs_of_collapse
+from extras.log import signs_of_collapse
 from pseudo_labels import (CENTRE_MOMENTUM, Head, Student, balance, centring, class_token_loss, count_labels, data_token_loss, health, label_loss,
                            koleo, me_max, plain_norm, sinkhorn)
 
