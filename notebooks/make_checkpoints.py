@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from checkpoint import load_checkpoint, save_checkpoint
 
-for recipe, epochs in (("mae", 60), ("pl-mae", 24)):
+for recipe, epochs in (("mae", 40), ("pl-mae", 20)):      # as many views of the images each
     run = Path("runs") / f"{recipe}-shapes-micro"
     train.main(["--recipe", recipe, "--epochs", str(epochs), "--out", str(run)])    # a finished run is left as it is
     file = load_checkpoint(run / "checkpoint.pt")
