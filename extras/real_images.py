@@ -6,7 +6,7 @@
 
 DATA holds a folder of each set (fashion-mnist as torchvision wants it, the others as train/<class>/* and test or val). Every run sees
 800,000 views of 20,000 images in 3,120 steps of 256: 20 epochs in two views, or 40 in one. Micro encoder, seed 0, 64 class and 128
-data clusters, colour changes at MC-SSL's strength. What is done already is not done again.
+data clusters, colour changes at MC-SSL's strength, labels at the temperature of SwAV. What is done already is not done again.
 """
 
 import json
@@ -29,7 +29,7 @@ SETS = {                                                   # each leaves 20,000 
 }
 ONE_VIEW = ["--batch-size", "256", "--epochs", "40", "--eval-every", "4"]
 TWO_VIEWS = ["--views", "2", "--batch-size", "128", "--epochs", "20", "--eval-every", "2", "--colours", "1", "--mask-ratio", "0.75"]
-LABELS = [*TWO_VIEWS, "--class-clusters", "64", "--data-clusters", "128"]
+LABELS = [*TWO_VIEWS, "--class-clusters", "64", "--data-clusters", "128", "--teacher-temperature", "0.05"]
 RUNS = {
     "mae": ["--recipe", "mae", *ONE_VIEW],
     "mae, our views": ["--recipe", "mae", *TWO_VIEWS],
