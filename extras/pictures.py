@@ -30,7 +30,7 @@ def curves(log, path):
     losses, tests = [r for r in records if "loss" in r], [r for r in records if "knn_mean" in r]
     last = losses[-1] if losses else {}
     labelled = [name for name in ("class", "data") if name in last]
-    figure, axes = plt.subplots(1, 3 if labelled else 2, figsize=(15 if labelled else 10, 3.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, 3 if labelled else 2, figsize=(15 if labelled else 10, 4), layout="constrained", squeeze=False)
     left, *middle, right = axes[0]
 
     def line(axis, key, scale=1.0, of=None, **style):
@@ -56,7 +56,7 @@ def curves(log, path):
     for axis in axes[0]:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend()
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)      # below: on top it hides curves
     save(figure, path)
 
 
