@@ -134,7 +134,7 @@ def load_network(options):
     if options.network == "untrained":
         if "arch" not in info:
             raise UsageError("--network untrained: needs a checkpoint of train.py; `train.py --epochs 0` writes one")
-        torch.manual_seed(0)
+        torch.manual_seed(info["config"]["seed"])           # the very weights that the run began with
         encoder = VisionTransformer(**{k: info["arch"][k] for k in ENCODER_ARGUMENTS}).eval()
     return encoder, dict(info, network=options.network or info["network"])
 
@@ -240,7 +240,7 @@ def main(argv=None):
         if options.network in ("untrained", "pixels"):
             raise UsageError(f"--network {options.network}: has no labels and no teachers; name {', '.join(NETWORKS)}")
         images = load_images(data, root, "train", encoder.img_size, encoder.in_chans)
-        train_ids, ids = held_out(images, 0.1)             # the images that train.py holds out by default
+        train_ids, ids = held_out(images, config.get("val_fraction", 0.1) if data == config.get("data") else 0.1)
         ids = subset(ids if len(ids) else train_ids, 2000)
         return report(options, dict(task="diagnose", network=info["network"], data=data, images=len(ids), step=info.get("step"),
                                     **diagnose(options.checkpoint, info["network"], images, ids, info["mean"], info["std"], device)), start)

@@ -1,4 +1,5 @@
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,6 +48,13 @@ def test_networks(untrained, capsys, network, tokens):
     evaluation.main(["knn", "--checkpoint", str(untrained), "--network", network, "--device", "cpu"])
     record = evaluation.json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record["tokens"].keys() == tokens and record["network"] == network and record["test_images"] == 18
+
+
+def test_the_yardstick_untrained_is_the_network_before_its_training(small_run):
+    train.main([str(f) for f in small_run] + ["--epochs", "0", "--seed", "3"])
+    networks = [evaluation.load_network(SimpleNamespace(checkpoint=str(small_run[-1] / "checkpoint.pt"), network=name, num_heads=None))[0]
+                for name in ("student", "untrained")]
+    assert all(torch.equal(a, b) for a, b in zip(*(n.state_dict().values() for n in networks)))
 
 
 def refused(capsys, monkeypatch, *flags):
