@@ -2,7 +2,8 @@
 
 `checkpoint.pt` is a dictionary of plain data and tensors, so that it loads with `weights_only=True` (no code in it is
 ever executed): `model` (the student's state_dict), `arch` (arguments of Student), `labelling_teacher` and `reconstruction_teacher`
-as far as the recipe has them, `centres`, `optimizer`, `step`, `config`, `mean`, `std`. Random states are not in it because there are none: every random number of a run is a function of (seed, step).
+as far as the recipe has them, `centres`, `optimizer`, `step`, `config`, `mean`, `std`, `images` (how many). Random states are not
+in it because there are none: every random number of a run is a function of (seed, step).
 """
 
 import argparse

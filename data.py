@@ -177,7 +177,7 @@ def crop_boxes(u, H, W, out, smallest):
     """Random resized crops (Szegedy et al. 2015): u ... 4 in 0..1 -> top, left, height, width (... 4, whole pixels).
 
     Area uniform in smallest..1 of the image, log of the aspect ratio uniform in 3/4..4/3 times that of the output. A box
-    that sticks out is cut to the image; torchvision draws again up to ten times instead. smallest = 1 does not crop."""
+    that sticks out is cut to the image; torchvision draws again up to ten times instead. smallest = 1 does not crop, unless the image is of another shape than the output."""
     wide = 2 * u[..., 1] - 1 if smallest < 1 else torch.zeros_like(u[..., 1])
     area, ratio = smallest + u[..., 0] * (1 - smallest), (4 / 3) ** wide * out[1] / out[0]
     h = (area * H * W / ratio).sqrt().round().clamp(1, H)

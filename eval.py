@@ -112,7 +112,7 @@ def subset(ids, n):
 
 
 def monitor(encoder, images, train_ids, val_ids, mean, std, device):
-    """k-NN accuracy on held-out images while training runs: {"knn_class", "knn_mean"}; {} without labels.
+    """While training runs, on held-out images: {"knn_class", "knn_mean", "effective_rank_class", "effective_rank_mean"}; {} without labels.
 
     At most 10,000 labelled images to compare with and 2,000 to test: a curve, quickly. `python eval.py knn` uses all."""
     train_ids = train_ids[images.labels[train_ids] >= 0]
@@ -121,7 +121,8 @@ def monitor(encoder, images, train_ids, val_ids, mean, std, device):
     train_ids, val_ids = subset(train_ids, 10_000), subset(val_ids, 2_000)
     x, test_x = (features(encoder, images, ids, mean, std, device) for ids in (train_ids, val_ids))
     y, test_y = images.labels[train_ids], images.labels[val_ids]
-    return {f"knn_{token}": accuracy(knn(x[token], y, test_x[token], len(images.classes)), test_y) for token in x}
+    return ({f"knn_{token}": accuracy(knn(x[token], y, test_x[token], len(images.classes)), test_y) for token in x}
+            | {f"effective_rank_{token}": effective_rank(v.float()) for token, v in test_x.items()})
 
 
 def load_network(options):

@@ -248,11 +248,13 @@ class MaskedAutoencoder(VisionTransformer):
     @staticmethod
     def forward_loss(pred, target, mask):
         """Mean over the masked patches of the mean squared error of a patch; visible patches do not count."""
+        pred = pred.to(torch.promote_types(pred.dtype, torch.float32))         # autocast's bf16 would round small errors off
         per_patch = (pred - target).square().mean(-1)                                                   # B N
         return (per_patch * mask).sum() / mask.sum()
 
     def forward(self, imgs, mask_ratio=0.75, noise=None, target=None):
-        """B C H W -> loss, pred B N P (or target_dim), mask B N. target (B N target_dim) is needed with target_dim."""
+        """B C H W -> loss, pred B N P (or target_dim), mask B N. target (B N target_dim) is needed with target_dim.
+        The MAE by itself; train.py's is `Student` of pseudo_labels.py, whose forward leaves the losses to train.py."""
         if target is None:
             if self.target_dim is not None:
                 raise ValueError("this model predicts tokens (target_dim): pass forward(..., target=B N target_dim)")

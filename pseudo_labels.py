@@ -5,12 +5,12 @@
     loss        cross-entropy of the student's scores of *its* view of the same thing:  − Σ_k q_k log p_k
 
 A prototype is the centre of a cluster. Nothing says which cluster is right, so all tokens could gather in one and the loss
-would be zero: *balancing* forbids it. `sinkhorn` gives every cluster the same share of each batch; `centring` subtracts from
+would be zero: *balancing* forbids it. `sinkhorn` gives all clusters like shares of each batch; `centring` subtracts from
 each cluster its running mean score; ME-MAX leaves the labels alone and rewards a student whose mean prediction is uniform.
 
 A student that predicts 1/K for everything has a loss of ln K: the line of collapse, logged beside the label losses.
 
-Letters:  S samples of one balancing call (tokens of all images of a micro-batch, here and on the other ranks), K clusters,
+Letters:  S samples of one balancing call (tokens of all images of a micro-batch; a rank holds its part of them), K clusters,
           D width of the encoder, B images, N patches.
 """
 
@@ -115,9 +115,9 @@ def mean_over_ranks(x):
 def sinkhorn(scores, temperature=0.05, iterations=3):
     """Sinkhorn-Knopp: labels S K whose rows sum to 1 and whose columns (clusters) sum to nearly S / K.
 
-    exp(scores / temperature) has its columns and its rows normalised in turn, rows last, so that these are exact. All in log
-    space and at least float32: the exponential of unnormalised scores overflows. Over several ranks only K numbers travel.
-    Temperature and iterations as in SwAV (Caron et al. 2020)."""
+    exp(scores / temperature) has its columns and rows normalised in turn, rows last, so that these are exact. Three rounds bring
+    columns of random cosines within 1 % at 0.05, 30 % at 0.0125. In log space, at least float32: plain exp would overflow. Over
+    several ranks only K numbers travel. Temperature and iterations as in SwAV (Caron et al. 2020)."""
     log_q = scores.to(torch.promote_types(scores.dtype, torch.float32)) / temperature                   # S K
     for _ in range(iterations):
         top = over_ranks(log_q.amax(0), "MAX")                                                          # K
@@ -129,7 +129,7 @@ def sinkhorn(scores, temperature=0.05, iterations=3):
 @torch.no_grad()
 def centring(scores, centre, temperature=0.05):
     """softmax((scores - centre) / temperature), S K (DINO, Caron et al. 2021). `centre` (K), the running mean of the scores
-    over batches and ranks, is moved in place, after its use."""
+    over micro-batches and ranks, is moved in place, after its use."""
     labels = ((scores - centre).to(torch.promote_types(scores.dtype, torch.float32)) / temperature).softmax(dim=1)
     centre.lerp_(mean_over_ranks(scores.mean(0)).to(centre.dtype), 1 - CENTRE_MOMENTUM)
     return labels
@@ -194,8 +194,9 @@ def koleo(unit, images):
         distributed.all_gather(ranks, others.contiguous())
         others, theirs = torch.cat(ranks), torch.cat([whose + images * r for r in range(len(ranks))])
         whose = whose + images * distributed.get_rank()
-    near = (unit.detach() @ others.T).masked_fill(whose[:, None] == theirs, -2).argmax(1)               # B
-    return -((unit - others[near]).norm(dim=1) + 1e-6).log().mean()
+    same = whose[:, None] == theirs                                                                     # B B'
+    near = (unit.detach() @ others.T).masked_fill(same, -2).argmax(1)                                   # B
+    return -((unit - others[near]).norm(dim=1) + 1e-6).log().mean() * (~same).any()        # 0 where there is no other image
 
 
 # --------------------------------------------------------------------------------------------- the health of the labels

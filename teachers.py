@@ -34,7 +34,7 @@ def make_teacher(student, without=()):
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
     for name in [n for n, _ in (*teacher.named_children(), *teacher.named_parameters(recurse=False))]:
         if name.startswith(tuple(without)):
-            delattr(teacher, name)
+            setattr(teacher, name, None)
     return teacher
 
 
@@ -77,8 +77,8 @@ def standardise(tokens, how):
     """The reconstruction teacher's tokens B N D as targets B N D, mean 0 and variance 1
 
     token      within each token, over its D features (LayerNorm without parameters; data2vec, SdAE)
-    feature    of each feature, over the tokens of the batch on all ranks
-    position   of each feature at each position, over the images of the batch on all ranks
+    feature    of each feature, over the tokens of the micro-batch on all ranks
+    position   of each feature at each position, over the images of the micro-batch on all ranks
     none       left as they are"""
     if how == "none":
         return tokens

@@ -153,7 +153,7 @@ def losses(out, labels, targets, config):
     if config.data_weight:
         terms["data"] = data_token_loss(out["data"], masks(labels["data"]), out["mask"], config.data_labels, t)
     loss = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
-    if config.balancing == "me-max":                       # each as heavy as the labels that it keeps apart
+    if config.balancing == "me-max":                       # as heavy as the labels that it keeps apart; over all patches
         for name in labels:
             terms[f"{name}_me_max"] = me_max(out[name], t)
             loss = loss + getattr(config, f"{name}_weight") * terms[f"{name}_me_max"]
@@ -176,18 +176,19 @@ def parse(argv=None):
                          f"these do: {', '.join(map(str, fits))}")
     N = (H // h) * (W // w)
     if not 0 < config.mask_ratio < 1 or not 0 < count_visible(N, config.mask_ratio) < N:
-        raise UsageError(f"--mask-ratio {config.mask_ratio}: of {N} patches (--img-size {config.img_size}, --patch-size "
-                         f"{config.patch_size}) at least one must stay and one be hidden; smaller patches are more")
+        raise UsageError(f"--mask-ratio {config.mask_ratio}: of {N} patches one must stay and one be hidden; a smaller --patch-size has more")
     if not any((config.rec_weight, config.class_weight, config.data_weight, config.consistency_weight)):
         raise UsageError("--rec-weight, --class-weight, --data-weight: all are 0, so there is nothing to learn; raise one")
     if config.consistency_weight and config.target == "tokens":
         raise UsageError("--consistency-weight: compares predicted pixels; use --target pixels")
+    if config.recipe == "pl-mae-one-teacher" and config.reconstruction_half_life != Config.reconstruction_half_life:
+        raise UsageError("--reconstruction-half-life: of one teacher with labels it is --labelling-half-life")
     views = config.batch_size // config.accumulate * config.views
     for name, samples in (("class", views), ("data", views * N)):
         K = getattr(config, f"{name}_clusters")
-        if getattr(config, f"{name}_weight") and K > samples:
+        if getattr(config, f"{name}_weight") and K > samples > 0:
             raise UsageError(f"--{name}-clusters {K}: more than the {samples} samples of a micro-batch that are shared out among "
-                             f"them; use {samples // 4} or less, or a larger --batch-size")
+                             f"them; use {max(2, samples // 4)} or less, or a larger --batch-size")
     return config
 
 
@@ -224,7 +225,7 @@ def main(argv=None):
     if config.batch_size > len(train_ids):
         raise UsageError(f"--batch-size {config.batch_size}: there are {len(train_ids)} images to train on ({len(val_ids)} are "
                          f"held out); use {len(train_ids)} or less")
-    if config.norm_pix_loss and images.channels * math.prod(pair(config.patch_size)) == 1:
+    if config.target == "pixels" and config.norm_pix_loss and images.channels * math.prod(pair(config.patch_size)) == 1:
         raise UsageError("--patch-size 1: a patch of one number cannot be standardised; use --no-norm-pix-loss")
     mean, std = mean_std(images)
 
@@ -240,7 +241,7 @@ def main(argv=None):
     teachers, decoder = {}, ("decoder_", "mask_token")
     if labelled:
         teachers["labelling"] = make_teacher(model, without=decoder)
-    if not labelled or config.teachers == 2:               # in `mae` it has no task: the weights are averaged to be judged
+    if not labelled or config.teachers == 2 or config.consistency_weight:      # without a task, as in `mae`, it is only judged
         teachers["reconstruction"] = make_teacher(model, ("class_head", "data_head") + (() if config.consistency_weight else decoder))
     centres = {name: torch.zeros(K, device=device, dtype=dtype) for name, K in labelled.items()}
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), betas=(0.9, 0.95),
@@ -266,13 +267,13 @@ def main(argv=None):
             teacher.encode = torch.compile(teacher.encode)
     if world > 1:                                          # class labels alone leave the decoder idle
         student = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                          find_unused_parameters=not config.rec_weight or config.data_labels == "visible")
+                                          find_unused_parameters=not config.rec_weight)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     judged = teachers["reconstruction"] if config.consistency_weight else model            # RC-MAE keeps its teacher
 
     # What is looked at from time to time: always the same images under the same masks.
-    shown = subset(val_ids if len(val_ids) else train_ids, 200)
-    fixed = ((read(images, shown).to(device, dtype) / 255 - batches.mean) / batches.std)                # 200 C H W
+    shown = subset(val_ids if len(val_ids) else train_ids, min(2000, max(200, 4 * labelled.get("class", 0))))
+    fixed = ((read(images, shown).to(device, dtype) / 255 - batches.mean) / batches.std)                # n C H W
     fixed_noise = torch.rand(min(8, len(shown)), model.num_patches, generator=generator(config.seed, "picture")).to(device)
 
     def look(step):
@@ -304,8 +305,7 @@ def main(argv=None):
     for name, K in labelled.items():
         samples = config.batch_size // config.accumulate * config.views * (model.num_patches if name == "data" else 1)
         if K > samples / 4:
-            say(f"warning: --{name}-clusters {K} for {samples} samples of a micro-batch: fewer than four a cluster are noise; "
-                "use fewer clusters or a larger --batch-size")
+            say(f"warning: --{name}-clusters {K} for {samples} samples of a micro-batch; use {samples // 4} or less, or a larger --batch-size")
     say(f"{config.recipe}, {config.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters), "
         f"{model.grid[0]} x {model.grid[1]} patches; {config.data}: {len(train_ids)} images to train on, {len(val_ids)} held out, "
         f"{len(images.classes) or 'no'} classes; {device}, {world} process(es)")

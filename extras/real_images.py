@@ -2,7 +2,7 @@
 
     python -m extras.real_images DATA RUNS                                     # all of it: hours on a CPU
     python -m extras.real_images DATA RUNS --sets cifar10-jpeg --runs mae pl-mae
-    python -m extras.real_images --table                                       # of results/real_images.jsonl alone
+    python -m extras.real_images --table                                       # of results/real_images.jsonl alone, and docs/real-images.png
 
 DATA holds a folder of each set (fashion-mnist as torchvision wants it, the others as train/<class>/* and test or val). Every run sees
 800,000 views of 20,000 images in 3,120 steps of 256: 20 epochs in two views, or 40 in one. Micro encoder, seed 0, 64 class and 128
@@ -20,6 +20,7 @@ import eval
 import train
 from checkpoint import append_json, read_json_lines
 from extras.command_line import Parser, run_main
+from extras.pictures import plt, save
 
 RESULTS = Path(__file__).parent.parent / "results" / "real_images.jsonl"
 SETS = {                                                   # each leaves 20,000 images to train on
@@ -66,6 +67,22 @@ def table():
         print(f"| {row['data']} | {row['run']} | {percent(row, 'knn')} | {percent(row, 'linear')} | {row.get('microseconds_per_view', '')} |")
 
 
+def picture(path):
+    """k-NN on held-out images while training, of the token that is better at the end."""
+    rows = [r for r in read_json_lines(RESULTS) if r["run"] in RUNS]
+    sets = [name for name in SETS if any(r["data"] == name for r in rows)]
+    figure, axes = plt.subplots(1, len(sets), figsize=(5 * len(sets), 4.6), layout="constrained", squeeze=False)
+    for axis, data in zip(axes[0], sets):
+        for i, row in enumerate(sorted((r for r in rows if r["data"] == data), key=lambda r: list(RUNS).index(r["run"]))):
+            epochs, tokens = [int(e) for e in row["knn_by_epoch"]], list(zip(*row["knn_by_epoch"].values()))
+            best = max((0, 1), key=lambda t: tokens[t][-1])
+            axis.plot([e / epochs[-1] * 800 for e in epochs], [100 * k for k in tokens[best]], color=f"C{list(RUNS).index(row['run'])}",
+                      linestyle=("-", "--")[best], label=row["run"])
+        axis.set(title=data, xlabel="thousand image-views", ylabel="k-NN, %; dashed: mean token, else class token")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    save(figure, path)
+
+
 YARDSTICKS = ("pixels", "untrained")
 
 
@@ -77,6 +94,9 @@ def main(argv=None):
     parser.add_argument("--runs", nargs="+", choices=[*YARDSTICKS, *RUNS], default=[*RUNS, *YARDSTICKS])
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args(argv)
+    if not options.table and not options.out:
+        parser.error("DATA and RUNS: name the folder of the data sets and one for the runs, or --table")
+    RESULTS.parent.mkdir(exist_ok=True)
     F.scaled_dot_product_attention = attention
     for data in () if options.table else options.sets:
         for name in options.runs:
@@ -94,6 +114,8 @@ def main(argv=None):
             train.main([*SETS[data], *RUNS[name], "--data-root", f"{options.data}/{data}", "--out", str(out), "--precision", "bf16"])
             append_json(RESULTS, judge(data, name, out))
     table()
+    if options.table:
+        picture(RESULTS.parent.parent / "docs" / "real-images.png")
 
 
 if __name__ == "__main__":

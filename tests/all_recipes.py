@@ -15,6 +15,7 @@ VARIANTS = {
     "class-labels": ["--rec-weight", "0", "--data-weight", "0"],
     "centring": ["--balancing", "centring", "--standardise", "position", "--data-labels", "visible", "--views", "1"],
     "me-max": ["--balancing", "me-max", "--standardise", "token", "--data-labels", "masked", "--masks", "2"],
+    "labels-and-consistency": ["--recipe", "mim-cluster", "--consistency-weight", "1", "--accumulate", "2"],
 }
 
 

@@ -3,7 +3,16 @@ import json
 import matplotlib
 import pytest
 
+import train
+from checkpoint import load_checkpoint
 from conftest import ROOT
+
+
+@pytest.mark.parametrize("recipe, epochs", [("mae", 40), ("pl-mae", 20)])
+def test_models_are_of_the_present_defaults(recipe, epochs):
+    """Otherwise `python notebooks/make_checkpoints.py` and both notebooks have to be run again."""
+    kept, now = load_checkpoint(ROOT / "notebooks" / f"{recipe}.pt")["config"], vars(train.parse(["--recipe", recipe, "--epochs", str(epochs)]))
+    assert {k: v for k, v in now.items() if k not in train.FREE} == {k: v for k, v in kept.items() if k not in train.FREE}
 
 
 @pytest.mark.parametrize("name", ["clusters", pytest.param("reconstructions", marks=pytest.mark.slow)])

@@ -36,6 +36,7 @@ def test_sinkhorn_rows_are_exact_and_columns_loose():
     torch.testing.assert_close(q.sum(1), torch.ones(512))
     uneven = lambda q: (q.sum(0) / 8 - 1).abs().mean()     # about 1 % for cosines at 0.05
     assert 1e-6 < uneven(q) < 0.02
+    assert uneven(sinkhorn(scores, 0.0125)) < 0.4          # more certain labels are balanced more loosely, about 30 %
     plain = balance(scores + torch.linspace(0, 0.5, 64), "me-max", 0.05, torch.ones(64))         # some clusters are favourites
     assert plain.sum(0).max() > 3 * 8 and uneven(sinkhorn(scores + torch.linspace(0, 0.5, 64))) < 0.02
 
@@ -158,3 +159,4 @@ def test_koleo_is_the_distance_to_the_nearest_token_of_another_image():
     torch.testing.assert_close(loss, -torch.stack(loop).mean(), atol=1e-4, rtol=0)
     (gradient,) = torch.autograd.grad(loss, unit)
     assert koleo(F.normalize(unit - 0.01 * gradient, dim=1), 4) < loss
+    assert koleo(unit[:2], 1) == 0                         # two views of one image: no other to be kept apart from

@@ -13,7 +13,8 @@ def test_trains_judges_and_prints(photos, tmp_path, monkeypatch, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "photos").symlink_to(photos)
     small = ["--img-size", "16", "--patch-size", "4", "--batch-size", "16", "--epochs", "1", "--device", "cpu"]
-    monkeypatch.setattr(real_images, "RESULTS", tmp_path / "results.jsonl")
+    (tmp_path / "docs").mkdir(), (tmp_path / "results").mkdir()
+    monkeypatch.setattr(real_images, "RESULTS", tmp_path / "results" / "results.jsonl")
     monkeypatch.setattr(real_images, "SETS", {"photos": ["--data", "imagefolder"]})
     monkeypatch.setattr(real_images, "RUNS", {"mae": ["--recipe", "mae", *small], "mim-cluster": [
         "--recipe", "mim-cluster", "--class-clusters", "4", "--data-clusters", "16", *small]})
@@ -24,3 +25,5 @@ def test_trains_judges_and_prints(photos, tmp_path, monkeypatch, capsys):
     assert [row.split(" | ")[1] for row in rows] == ["pixels", "untrained", "mae", "mim-cluster"]
     real_images.main(flags)                                # nothing is done twice
     assert [row for row in capsys.readouterr().out.splitlines() if row] [2:] == rows
+    real_images.main(["--table"])
+    assert (tmp_path / "docs" / "real-images.png").stat().st_size > 10_000

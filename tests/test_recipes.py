@@ -27,8 +27,8 @@ def setting(*flags, seed=0):
     teachers = {}
     if labelled:
         teachers["labelling"] = make_teacher(student, ("decoder_", "mask_token"))
-    if not labelled or config.teachers == 2:
-        teachers["reconstruction"] = make_teacher(student)
+    if not labelled or config.teachers == 2 or config.consistency_weight:
+        teachers["reconstruction"] = make_teacher(student, ("class_head", "data_head") + (() if config.consistency_weight else ("decoder_", "mask_token")))
     centres = {k: torch.zeros(c, dtype=torch.float64) for k, c in labelled.items()}
     imgs = torch.randn(4 * config.views, 3, 16, 16, dtype=torch.float64)
     return config, student, teachers, centres, imgs, torch.rand(len(imgs) * config.masks, 16, dtype=torch.float64)
@@ -50,7 +50,6 @@ def test_gradient_reaches_the_student_and_no_teacher(flags):
     terms, labels, targets = step(config, student, teachers, *rest)
     terms["loss"].backward()
     idle = ("decoder", "mask_token") if flags == all_recipes.VARIANTS["class-labels"] else ()
-    idle += ("decoder_label",) if config.data_labels == "visible" else ()
     without = [n for n, p in student.named_parameters() if p.requires_grad and p.grad is None and not n.startswith(idle)]
     assert not without
     if labels:
@@ -130,9 +129,8 @@ def test_one_batch_is_overfitted(flags):
 
 
 def test_two_teachers_of_equal_half_lives_are_one(small_run, tmp_path):
-    for recipe in ("pl-mae", "pl-mae-one-teacher"):
-        train.main([*map(str, small_run[:-1]), str(tmp_path / recipe), "--recipe", recipe, "--labelling-half-life", "3:9",
-                    "--reconstruction-half-life", "3:9"])
+    for recipe, second in (("pl-mae", ["--reconstruction-half-life", "3:9"]), ("pl-mae-one-teacher", [])):
+        train.main([*map(str, small_run[:-1]), str(tmp_path / recipe), "--recipe", recipe, "--labelling-half-life", "3:9", *second])
     two, one = (torch.load(tmp_path / r / "checkpoint.pt") for r in ("pl-mae", "pl-mae-one-teacher"))
     for part in ("model", "labelling_teacher"):
         assert all(torch.equal(v, one[part][k]) for k, v in two[part].items())
@@ -146,7 +144,7 @@ def test_two_teachers_of_equal_half_lives_are_one(small_run, tmp_path):
 def flags(photos):
     return ["--data", "imagefolder", "--data-root", str(photos), "--img-size", "16", "--patch-size", "4", "--batch-size", "16",
             "--class-clusters", "8", "--data-clusters", "16", "--epochs", "5", "--eval-every", "5", "--log-every", "1", "--device", "cpu",
-            "--precision", "fp64"]
+            "--precision", "fp64", "--labelling-half-life", "3"]        # not gone by the next step, as 0.003 of 20 would be
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +191,8 @@ def test_every_recipe_continues_bit_for_bit(flags, whole, tmp_path, monkeypatch,
     (["--class-clusters", "17", "--accumulate", "2"], "more than the 16 samples of a micro-batch"),
     (["--rec-weight", "0", "--class-weight", "0", "--data-weight", "0"], "nothing to learn"),
     (["--consistency-weight", "1"], "use --target pixels"),
+    (["--recipe", "pl-mae-one-teacher", "--reconstruction-half-life", "0.5"], "use --labelling-half-life"),
+    (["--accumulate", "32"], "--batch-size 16: must be a multiple"),
     (["--labelling-half-life", "-3"], "--labelling-half-life"),
     (["--views", "3"], "--views"),
 ])
