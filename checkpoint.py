@@ -48,8 +48,7 @@ def load_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UsageError(f"checkpoint {path}: not a checkpoint that can be read safely "
-                         f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})") from error
+        raise UsageError(f"checkpoint {path}: not a checkpoint that can be read safely ({type(error).__name__})") from error
 
 
 def continue_from(path, config, free, mean, images):

@@ -206,7 +206,9 @@ def diagnose(path, network, images, ids, mean, std, device):
             else:
                 classes = y
             if (y >= 0).all():
-                found |= {f"{name}_nmi": round(nmi(hard, classes), 4), f"{name}_matched_accuracy": round(matched_accuracy(hard, classes), 4)}
+                chance = classes[torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))]
+                found |= {f"{name}_nmi": round(nmi(hard, classes), 4), f"{name}_nmi_shuffled": round(nmi(hard, chance), 4),
+                          f"{name}_matched_accuracy": round(matched_accuracy(hard, classes), 4)}
     return found
 
 

@@ -2,9 +2,8 @@
 
     python train.py                                                          # `shapes`, on a CPU: some minutes
     python train.py --recipe mae                                             # or rc-mae, mim-cluster, pl-mae-one-teacher
-    python train.py --data cifar10 --model tiny --batch-size 512 --epochs 100                        # one GPU
-    python train.py --data imagefolder --data-root DIR --model small         # DIR/train/<class>/* or a folder of images
-    torchrun --nproc-per-node 8 train.py --data imagefolder --data-root DIR --model base --batch-size 2048
+    python train.py --data cifar10 --colours 1 --teacher-temperature 0.05    # photographs; see the README for more
+    torchrun --nproc-per-node 8 train.py --data imagefolder --data-root DIR --model base --batch-size 4096 ...
 
 Writes checkpoint.pt, config.json, metrics.jsonl and pictures into --out. The same command continues a run that was cut off.
 
@@ -176,7 +175,7 @@ def parse(argv=None):
                          f"these do: {', '.join(map(str, fits))}")
     N = (H // h) * (W // w)
     if not 0 < config.mask_ratio < 1 or not 0 < count_visible(N, config.mask_ratio) < N:
-        raise UsageError(f"--mask-ratio {config.mask_ratio}: of {N} patches one must stay and one be hidden; a smaller --patch-size has more")
+        raise UsageError(f"--mask-ratio {config.mask_ratio}: choose it between 0 and 1 so that of {N} patches one stays and one is hidden")
     if not any((config.rec_weight, config.class_weight, config.data_weight, config.consistency_weight)):
         raise UsageError("--rec-weight, --class-weight, --data-weight: all are 0, so there is nothing to learn; raise one")
     if config.consistency_weight and config.target == "tokens":
@@ -272,7 +271,7 @@ def main(argv=None):
     judged = teachers["reconstruction"] if config.consistency_weight else model            # RC-MAE keeps its teacher
 
     # What is looked at from time to time: always the same images under the same masks.
-    shown = subset(val_ids if len(val_ids) else train_ids, min(2000, max(200, 4 * labelled.get("class", 0))))
+    shown = subset(val_ids if len(val_ids) else train_ids, min(2000, max(200, 8 * labelled.get("class", 0))))
     fixed = ((read(images, shown).to(device, dtype) / 255 - batches.mean) / batches.std)                # n C H W
     fixed_noise = torch.rand(min(8, len(shown)), model.num_patches, generator=generator(config.seed, "picture")).to(device)
 
@@ -300,20 +299,20 @@ def main(argv=None):
         write_atomically(out / "config.json", lambda file: file.write(json.dumps(
             dict(dataclasses.asdict(config), mean=mean, std=std, channels=images.channels), indent=2).encode()))
         truncate_log(log, start or -1)
-    if start == 0:
-        look(0)
     for name, K in labelled.items():
         samples = config.batch_size // config.accumulate * config.views * (model.num_patches if name == "data" else 1)
         if K > samples / 4:
             say(f"warning: --{name}-clusters {K} for {samples} samples of a micro-batch; use {samples // 4} or less, or a larger --batch-size")
     say(f"{config.recipe}, {config.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters), "
         f"{model.grid[0]} x {model.grid[1]} patches; {config.data}: {len(train_ids)} images to train on, {len(val_ids)} held out, "
-        f"{len(images.classes) or 'no'} classes; {device}, {world} process(es)")
+        f"{len(images.classes) or 'no'} classes{'' if images.classes else ' (subfolders of DIR/train are)'}; {device}, {world} process(es)")
     say(f"{'continues: ' if 0 < start < total else 'finished already: ' if start else ''}steps {start} to {total}, into {out}")
+    if start == 0:
+        look(0)
 
     # The loop.
     stream = batches.run(start, total)
-    sums, waited, since, logged, warned = defaultdict(float), 0.0, time.perf_counter(), start, set()
+    sums, waited, since, logged, warned, before = defaultdict(float), 0.0, time.perf_counter(), start, set(), set()
     for step in range(start, total):
         lr = learning_rate(step, total, config)
         for group in optimizer.param_groups:
@@ -357,9 +356,11 @@ def main(argv=None):
             if rank == 0:
                 append_json(log, record)
                 say(line(record))
-                for sign in signs_of_collapse(record) - warned if done > total / 10 else ():
+                signs = signs_of_collapse(record) if done > total / 10 else set()
+                for sign in signs & before - warned:       # twice in a row
                     say(f"   warning: {sign}")
                     warned.add(sign)
+                before = signs
             if look_now:
                 look(done)
             sums.clear()

@@ -71,9 +71,9 @@ def option(default, help, type=None, choices=None, range=None):
 
 def size(text):
     """The type of --img-size and --patch-size: "32", or "48x64" for height and width."""
-    numbers = [int(n) for n in text.split("x")]
+    numbers = [int(n) if n.isdecimal() else 0 for n in text.split("x")]
     if len(numbers) > 2 or min(numbers) < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError("N or HxW, as in 64 or 48x64")
     return numbers[0] if len(numbers) == 1 else numbers
 
 

@@ -10,12 +10,16 @@ from extras.command_line import UsageError
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # what official weights were trained with
 
 
+def convert(image, channels, name="image"):
+    """A PIL image with 1 or 3 channels of 8 bits."""
+    if image.mode[0] in "IF":                              # Pillow would cut these off at 255
+        raise UsageError(f"{name} has more than 8 bits a channel; convert it to 8")
+    return image.convert({1: "L", 3: "RGB"}[channels])
+
+
 def open_image(path, channels):
     try:
-        image = Image.open(path)
-        if image.mode[0] in "IF":                          # Pillow would cut these off at 255
-            raise UsageError(f"--data-root: {path} has more than 8 bits a channel; convert it to 8")
-        return image.convert({1: "L", 3: "RGB"}[channels])
+        return convert(Image.open(path), channels, f"--data-root: {path}")
     except (UnidentifiedImageError, OSError) as error:
         raise UsageError(f"--data-root: {path} cannot be decoded as an image ({error}); mend or remove it") from error
 
@@ -39,8 +43,7 @@ def fit(pixels, size, channels):
 def image_transform(size, channels, mean, std):
     """PIL image -> C H W, as an encoder of this size and mean and std wants it: `decode`, then standardised."""
     return v2.Compose([
-        v2.Grayscale() if channels == 1 else v2.RGB(),
-        v2.Lambda(lambda image: ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)),
+        v2.Lambda(lambda image: ImageOps.fit(convert(image, channels), size[::-1], Image.Resampling.BICUBIC)),
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(mean, std),

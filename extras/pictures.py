@@ -42,7 +42,7 @@ def curves(log, path):
         if name in last:
             line(left, name, color=f"C{i}", label={"rec": "reconstruction", "class": "class labels", "data": "data labels"}.get(name, name))
         if bound in last:
-            line(left, bound, color=f"C{i}", linestyle=":")
+            line(left, bound, color=f"C{i}", linestyle=":", label="best constant" if name == "rec" else f"{name}: ln K")
     left.set(title="training losses", xlabel="epoch")
     for i, name in enumerate(labelled, start=2):
         line(middle[0], f"{name}_entropy", of=f"{name}_ln_k", color=f"C{i}", label=f"{name} labels: entropy / ln K")
@@ -151,7 +151,7 @@ def galleries(labels, pictures, grid=None, clusters=6, columns=8):
     K, N = labels.shape[-1], 1 if grid is None else labels.shape[1]
     certain, cluster = labels.reshape(-1, K).max(1)                                                     # (B N)
     rows = {}
-    for k in cluster.bincount(minlength=K).argsort(descending=True)[:clusters].tolist():
+    for k in cluster.bincount().argsort(descending=True)[:min(clusters, len(cluster.unique()))].tolist():
         members = torch.nonzero(cluster == k).flatten()
         members, seen, chosen = members[certain[members].argsort(descending=True, stable=True)].tolist(), set(), []
         for m in members:
