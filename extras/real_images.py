@@ -28,6 +28,7 @@ SETS = {                                                   # each leaves 20,000 
     "fashion-mnist": ["--data", "fashion-mnist", "--val-fraction", "0.66666"],
     "tiny-imagenet-100": ["--data", "imagefolder", "--img-size", "64", "--patch-size", "8", "--val-fraction", "0.6"],
 }
+TITLES = {"cifar10-jpeg": "CIFAR-10 (JPEG)", "fashion-mnist": "Fashion-MNIST", "tiny-imagenet-100": "Tiny ImageNet (100)"}
 ONE_VIEW = ["--batch-size", "256", "--epochs", "40", "--eval-every", "4"]
 TWO_VIEWS = ["--views", "2", "--batch-size", "128", "--epochs", "20", "--eval-every", "2", "--colours", "1", "--mask-ratio", "0.75"]
 LABELS = [*TWO_VIEWS, "--class-clusters", "64", "--data-clusters", "128", "--teacher-temperature", "0.05"]
@@ -64,7 +65,7 @@ def table():
     percent = lambda row, task: " / ".join(f"{100 * row[task]['tokens'][t]:.1f}" for t in row[task]["tokens"])
     print("| images | run | k-NN (class / mean token) | linear | µs a view |\n| --- | --- | --- | --- | --- |")
     for row in sorted(read_json_lines(RESULTS), key=lambda r: (list(SETS).index(r["data"]), [*YARDSTICKS, *RUNS].index(r["run"]))):
-        print(f"| {row['data']} | {row['run']} | {percent(row, 'knn')} | {percent(row, 'linear')} | {row.get('microseconds_per_view', '')} |")
+        print(f"| {TITLES.get(row['data'], row['data'])} | {row['run']} | {percent(row, 'knn')} | {percent(row, 'linear')} | {row.get('microseconds_per_view', '')} |")
 
 
 def picture(path):
@@ -78,7 +79,7 @@ def picture(path):
             best = max((0, 1), key=lambda t: tokens[t][-1])
             axis.plot([e / epochs[-1] * 800 for e in epochs], [100 * k for k in tokens[best]], color=f"C{list(RUNS).index(row['run'])}",
                       linestyle=("-", "--")[best], label=row["run"])
-        axis.set(title=data, xlabel="thousand image-views", ylabel="k-NN, %; dashed: mean token, else class token")
+        axis.set(title=TITLES.get(data, data), xlabel="thousand image-views", ylabel="k-NN, %; dashed: mean token, else class token")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     save(figure, path)
 
