@@ -48,6 +48,11 @@ def attention(q, k, v):
     return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
+def plain(record):
+    """A record of eval.jsonl without what says nothing elsewhere."""
+    return {k: v for k, v in record.items() if k not in ("task", "checkpoint", "seconds")}
+
+
 def judge(data, name, out):
     """The row of a finished run: test accuracy, diagnosis, time."""
     for task in ("knn", "linear", "diagnose"):
@@ -58,7 +63,7 @@ def judge(data, name, out):
     row = dict(data=data, run=name, microseconds_per_view=round(1e6 / views / median(r["images_per_s"] for r in log if "loss" in r)),
                knn_by_epoch={round(r["epoch"]): (round(r["knn_class"], 4), round(r["knn_mean"], 4)) for r in log if "knn_mean" in r},
                last={k: round(v, 4) for k, v in [r for r in log if "loss" in r][-1].items()})
-    return row | {task: {k: v for k, v in r.items() if k not in ("task", "checkpoint", "seconds")} for task, r in found.items()}
+    return row | {task: plain(r) for task, r in found.items()}
 
 
 def table():
@@ -110,7 +115,7 @@ def main(argv=None):
                 for task in ("knn", "linear"):
                     eval.main([task, "--network", name, "--checkpoint", str(mae / "checkpoint.pt")])
                 found = {r["task"]: r for r in read_json_lines(mae / "eval.jsonl") if r["network"] == name}
-                append_json(RESULTS, dict(data=data, run=name, knn=found["knn"], linear=found["linear"]))
+                append_json(RESULTS, dict(data=data, run=name, knn=plain(found["knn"]), linear=plain(found["linear"])))
                 continue
             train.main([*SETS[data], *RUNS[name], "--data-root", f"{options.data}/{data}", "--out", str(out), "--precision", "bf16"])
             append_json(RESULTS, judge(data, name, out))
