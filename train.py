@@ -54,7 +54,7 @@ class Config:
     data: str = option("shapes", "data set", choices=list(SETS))
     data_root: str = option("data", "folder of the data set; what can be downloaded is downloaded to it")
     out: str = option(None, "folder of the run (default: runs/RECIPE-DATA-MODEL; of an imagefolder its name)")
-    epochs: int = option(20, "passes over the training images; 0 writes the untrained network", range=(0, math.inf))
+    epochs: int = option(12, "passes over the training images; 0 writes the untrained network", range=(0, math.inf))
     batch_size: int = option(64, "images per optimiser step, of all processes and micro-batches together", range=(1, math.inf))
     img_size: int = option(None, "N or HxW; other images are cropped to the centre and resized (default: the data set's)", size)
     patch_size: int = option(None, "N or HxW, dividing the image (default: one that suits the data set)", size)
@@ -92,7 +92,7 @@ class Config:
     clip: float = option(3.0, "greatest norm of the gradient; 0 does not clip", range=(0, math.inf))
     # the run
     val_fraction: float = option(0.1, "share of the labelled training images kept out of training, for k-NN meanwhile", range=(0, 0.9))
-    eval_every: int = option(5, "epochs between k-NN, pictures and checkpoints", range=(1, math.inf))
+    eval_every: int = option(4, "epochs between k-NN, pictures and checkpoints", range=(1, math.inf))
     log_every: int = option(50, "steps between lines of the log", range=(1, math.inf))
     accumulate: int = option(1, "micro-batches a step is computed in, for batches larger than the memory", range=(1, math.inf))
     seed: int = option(0, "of weights, order, crops, colours and masks", range=(0, 2**63 - 1))
