@@ -181,7 +181,7 @@ def parse(argv=None):
     if config.consistency_weight and config.target == "tokens":
         raise UsageError("--consistency-weight: compares predicted pixels; use --target pixels")
     if config.recipe == "pl-mae-one-teacher" and config.reconstruction_half_life != Config.reconstruction_half_life:
-        raise UsageError("--reconstruction-half-life: of one teacher with labels it is --labelling-half-life")
+        raise UsageError("--reconstruction-half-life: one teacher goes at the pace of its labels; use --labelling-half-life")
     views = config.batch_size // config.accumulate * config.views
     for name, samples in (("class", views), ("data", views * N)):
         K = getattr(config, f"{name}_clusters")
