@@ -67,7 +67,7 @@ def judge(data, name, out):
 
 
 def table():
-    percent = lambda row, task: " / ".join(f"{100 * accuracy:.1f}" for accuracy in row.get(task, {"tokens": {}})["tokens"].values())
+    percent = lambda row, task: " / ".join(f"{100 * accuracy:.1f}" for accuracy in row[task]["tokens"].values())
     print("| images | run | k-NN (class / mean token) | linear | µs a view |\n| --- | --- | --- | --- | --- |")
     for row in sorted(read_json_lines(RESULTS), key=lambda r: (list(SETS).index(r["data"]), [*YARDSTICKS, *RUNS].index(r["run"]))):
         print(f"| {TITLES.get(row['data'], row['data'])} | {row['run']} | {percent(row, 'knn')} | {percent(row, 'linear')} | {row.get('microseconds_per_view', '')} |")
