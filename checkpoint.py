@@ -1,87 +1,237 @@
-"""The files of a run: one checkpoint from which it continues, its config, its log.
+"""The files of a run, and networks out of files: ours, official MAE ones, timm's.
 
-`checkpoint.pt` is a dictionary of plain data and tensors, so that it loads with `weights_only=True` (no code in it is
-ever executed): `model` (the student's state_dict), `arch` (arguments of Student), `labelling_teacher` and `reconstruction_teacher`
-as far as the recipe has them, `centres`, `optimizer`, `step`, `config`, `mean`, `std`, `images` (how many). Random states are not
-in it because there are none: every random number of a run is a function of (seed, step).
+`checkpoint.pt` is a dictionary of plain data and tensors. It loads with `weights_only=True`, so no
+code in it is ever executed. It holds
+
+    student, arch                  weights, and the arguments of `Student`
+    labelling_teacher, reconstruction_teacher       weights, as far as the recipe has them
+    optimizer, step                to continue the run
+    config, mean, std, images      settings; mean and std of the pixels; how many images there were
+
+Random states are not in it because there are none: every random number of a run is a function of
+(seed, step).
+
+    encoder, transform = load_encoder("runs/pl-mae-shapes-micro/checkpoint.pt")
+    tokens = encoder(transform(Image.open("cat.jpg"))[None])               # 1 1+N D
 """
 
 import argparse
-import json
-import os
-import tempfile
+import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from extras.command_line import UsageError
+from mae import MaskedAutoencoder, VisionTransformer
+from pseudo_labels import Student
+from teachers import make_teachers
+from utils.command_line import UsageError
+from utils.files import write_atomically
+from utils.images import IMAGENET_MEAN, IMAGENET_STD, image_transform
+
+NETWORKS = {"student": "student", "labelling-teacher": "labelling_teacher",
+            "reconstruction-teacher": "reconstruction_teacher"}        # name: key in the file
 
 
-def write_atomically(path, write):
-    """Let `write(file)` fill a temporary file in the same folder, flush it to the disk, then rename it to `path`.
-
-    Whoever opens `path` finds the old content or the new, never half of it, whenever the power goes."""
-    path = Path(path)
-    file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False)
-    try:
-        with file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(file.name, 0o644)         # temporary files are private; results need not be
-        os.replace(file.name, path)
-    except BaseException:
-        os.unlink(file.name)
-        raise
-
+# ------------------------------------------------------------------------------ the file of a run
 
 def save_checkpoint(path, content):
     write_atomically(path, lambda file: torch.save(content, file))
 
 
 def load_checkpoint(path):
-    """The dictionary at `path`, tensors on the CPU. Raises UsageError if there is none or it cannot be read."""
+    """The dictionary at `path`, tensors on the CPU. Raises UsageError if there is none or it cannot
+    be read."""
     if not Path(path).is_file():
-        raise UsageError(f"checkpoint {path}: there is no such file (it is the file checkpoint.pt in the folder of a run)")
+        raise UsageError(f"--checkpoint {path}: there is no such file (it is checkpoint.pt in the "
+                         "folder of a run)")
     try:
         # official MAE training checkpoints carry their argparse.Namespace, which is plain data too
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UsageError(f"checkpoint {path}: not a checkpoint that can be read safely ({type(error).__name__})") from error
+        raise UsageError(f"--checkpoint {path}: not a checkpoint that can be read safely "
+                         f"({type(error).__name__})") from error
+
+
+def networks_and_optimizer(student, teachers, optimizer):
+    """What a checkpoint stores the state of, by key."""
+    parts = {"student": student, "optimizer": optimizer}
+    for name, teacher in teachers.named().items():
+        parts[f"{name}_teacher"] = teacher
+    return parts
 
 
 def continue_from(path, config, free, mean, images):
-    """The checkpoint of a run to continue, None if there is none. A run with other settings or images is refused with the
-    settings that differ; those in `free` (device, workers, ...) may."""
+    """The checkpoint of a run to continue, None if there is none.
+
+    A run with other settings or other images is refused with what differs; the settings in `free`
+    (device, workers, ...) may. mean: of the pixels, computed from whole numbers, so that the same
+    images have the same mean on any machine; images: how many there are."""
     if not Path(path).exists():
         return None
     saved, out = load_checkpoint(path), f"--out {config['out']}"
-    if "config" not in saved or "optimizer" not in saved:
-        raise UsageError(f"{out}: its checkpoint.pt is not of train.py; use another --out")
+    if not isinstance(saved, dict) or "config" not in saved or "student" not in saved:
+        raise UsageError(f"{out}: its checkpoint.pt is not of this train.py; use another --out")
     old = saved["config"]
-    differ = [k for k in sorted(old.keys() | config.keys()) if k not in free and old.get(k) != config.get(k)]
+    differ = [f"{name} was {old.get(name)!r}, now {config.get(name)!r}"
+              for name in sorted(old.keys() | config.keys())
+              if name not in free and old.get(name) != config.get(name)]
     if differ:
-        raise UsageError(f"{out}: holds a run with other settings: {{}}; use another --out, or delete that folder".format(
-            ", ".join(f"{k} was {old.get(k)!r}, now {config.get(k)!r}" for k in differ)))
+        raise UsageError(f"{out}: holds a run with other settings: {', '.join(differ)}; use "
+                         "another --out, or delete that folder")
     if (saved["mean"], saved["images"]) != (mean, images):
-        raise UsageError(f"{out}: holds a run on other images; use another --out, or delete that folder")
+        raise UsageError(f"{out}: holds a run on other images; use another --out, or delete that "
+                         "folder")
     return saved
 
 
-def append_json(path, record):
-    """One JSON object as one line at the end of a file."""
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
+def load_run(path):
+    """A checkpoint of train.py -> student, teachers, config.
+
+    student: a `Student`; teachers: `Teachers`, None where the run had none; config: its settings,
+    with mean and std. Networks are in eval mode, on the CPU, without gradient."""
+    file = load_checkpoint(path)
+    if not isinstance(file, dict) or "student" not in file or "arch" not in file:
+        raise UsageError(f"--checkpoint {path}: is not of this train.py, so it has no teachers and "
+                         "no pseudo labels; use knn or linear")
+    config = SimpleNamespace(**file["config"], mean=file["mean"], std=file["std"])
+    student = Student(**file["arch"])
+    student.load_state_dict(file["student"])
+    student.eval().requires_grad_(False)
+    teachers = make_teachers(student, config)
+    for name, teacher in teachers.named().items():
+        teacher.load_state_dict(file[f"{name}_teacher"])
+    return student, teachers, config
 
 
-def read_json_lines(path):
-    """All objects of such a file, [] if there is none. A last line cut short by a power cut has no newline: left out."""
-    lines = Path(path).read_text().splitlines(keepends=True) if Path(path).exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+# ------------------------------------------------------------- names of the official MAE code
+
+def to_official(mae):
+    """A MaskedAutoencoder's state_dict in the names of the official MAE code (He et al. 2022).
+
+    Two rules: the encoder's names lose their prefix, `encoder.norm.bias` -> `norm.bias`; the
+    decoder's get another one, `decoder.norm.bias` -> `decoder_norm.bias`, but for the mask token.
+    The encoder's names are timm's as well."""
+    return {official_name(name): value for name, value in mae.state_dict().items()}
 
 
-def truncate_log(path, step):
-    """Drop what was logged after `step`: a run that was cut off repeats those steps and logs them again."""
-    kept = "".join(json.dumps(r) + "\n" for r in read_json_lines(path) if r["step"] <= step)
-    write_atomically(path, lambda file: file.write(kept.encode()))
+def official_name(name):
+    if name == "decoder.mask_token":
+        return "mask_token"
+    return name.removeprefix("encoder.").replace("decoder.", "decoder_", 1)
+
+
+def from_official(mae, state):
+    """Copy the weights of an official state_dict into a MaskedAutoencoder. Raises UsageError where
+    one has what the other lacks, or where shapes differ."""
+    fill(mae, {official_name(name): name for name in mae.state_dict()}, state)
+
+
+def fill(module, names, state):
+    """Load state (a file's names) into the module; names: {the file's name: the module's name}."""
+    own = module.state_dict()
+    missing = names.keys() - state.keys()
+    left_over = state.keys() - names.keys()
+    if missing or left_over:
+        parts = [f"{what} {', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''}"
+                 for what, keys in (("it lacks", missing), ("no place for", left_over)) if keys]
+        raise UsageError(f"weights of another network: {'; '.join(parts)}")
+    for theirs, ours in names.items():
+        if state[theirs].shape != own[ours].shape:
+            raise UsageError(
+                f"weights of another geometry: {theirs} is {list(state[theirs].shape)} in the "
+                f"file, {list(own[ours].shape)} in this network")
+    module.load_state_dict({ours: state[theirs] for theirs, ours in names.items()})
+
+
+# ------------------------------------------------------------------------ an encoder out of a file
+
+def load_encoder(path, num_heads=None, network=None):
+    """A checkpoint of train.py, or a file of official MAE or timm weights -> encoder, transform.
+
+    encoder: a VisionTransformer in eval mode (B C H W -> B 1+N D). Its `info` has `mean` and `std`
+    of training (ImageNet's for others' files), and of a file of ours its `arch`, `config`, `step`.
+    transform: PIL image -> its input, C H W. num_heads: for others' files whose heads are not 64
+    wide: their shapes do not tell. network: one of NETWORKS; None: what the recipe is judged by,
+    the student or RC-MAE's teacher."""
+    file = load_checkpoint(path)
+    if isinstance(file, dict) and "arch" in file:
+        encoder, info = encoder_of_run(path, file, network)
+    else:
+        if network not in (None, "student"):
+            raise UsageError(f"--network {network}: checkpoint {path} has no teachers")
+        encoder, info = encoder_of_others(path, file, num_heads)
+    encoder.info = info
+    transform = image_transform(encoder.img_size, encoder.in_chans, info["mean"], info["std"])
+    return encoder.eval().requires_grad_(False), transform
+
+
+def encoder_of_run(path, file, network):
+    if network is None:
+        judged_by_teacher = file["config"]["consistency_weight"] > 0
+        network = "reconstruction-teacher" if judged_by_teacher else "student"
+    if NETWORKS[network] not in file:
+        there = [name for name, key in NETWORKS.items() if key in file]
+        raise UsageError(f"--network {network}: checkpoint {path} has none; it has "
+                         f"{', '.join(there) or 'no network of this train.py'}")
+    encoder = MaskedAutoencoder(**mae_arguments(file["arch"])).encoder
+    prefix = "mae.encoder." if network == "student" else "encoder."
+    encoder.load_state_dict({name.removeprefix(prefix): value
+                             for name, value in file[NETWORKS[network]].items()
+                             if name.startswith(prefix)})
+    info = {key: file[key] for key in ("arch", "config", "step", "mean", "std")}
+    return encoder, dict(info, network=network)
+
+
+def mae_arguments(arch):
+    """Of the arguments of `Student` those of its MaskedAutoencoder."""
+    return {k: v for k, v in arch.items() if k not in ("image_clusters", "patch_clusters")}
+
+
+# What files of whole models hold beside the encoder: MAE's decoder, a classifier.
+NOT_OF_THE_ENCODER = ("decoder_", "mask_token", "head.")
+
+
+def encoder_of_others(path, file, num_heads):
+    state = file if isinstance(file, dict) else {}
+    for key in ("model", "state_dict"):
+        state = state.get(key, state)
+    lacking = {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} - state.keys()
+    if lacking:
+        raise UsageError(f"--checkpoint {path}: holds no vision transformer in the names of timm "
+                         f"or MAE (no {', '.join(sorted(lacking))})")
+    encoder = VisionTransformer(**geometry(state, num_heads))
+    skipped = [name for name in state if name.startswith(NOT_OF_THE_ENCODER)]
+    if skipped:
+        print(f"not of the encoder, left out: {', '.join(skipped)}", file=sys.stderr)
+    try:
+        fill(encoder, {name: name for name in encoder.state_dict()},
+             {name: value for name, value in state.items() if name not in skipped})
+    except UsageError as error:
+        raise UsageError(f"--checkpoint {path}: {error}. Only plain ViTs fit: one class token, no "
+                         "LayerScale, no norm before the blocks, the norm after them") from error
+    three = encoder.in_chans == 3
+    return encoder, {"mean": list(IMAGENET_MEAN) if three else [0.5] * encoder.in_chans,
+                     "std": list(IMAGENET_STD) if three else [0.5] * encoder.in_chans,
+                     "network": "student"}
+
+
+def geometry(state, num_heads=None):
+    """Arguments of VisionTransformer read off the shapes of its weights. Square images.
+
+    The number of heads leaves no trace in the shapes: it is D / 64 in all standard ViTs but huge
+    (1280 wide, 16 heads)."""
+    D, C, *patch = state["patch_embed.proj.weight"].shape
+    if num_heads is None:
+        num_heads = 16 if D == 1280 else max(1, D // 64)
+        print(f"the file does not say how many heads there are: taken as {num_heads}",
+              file=sys.stderr)
+    if num_heads < 1 or D % num_heads:
+        raise UsageError(f"--num-heads {num_heads}: must divide the width of {D}")
+    side = math.isqrt(state["pos_embed"].shape[1] - 1)
+    block_numbers = [int(name.split(".")[1]) for name in state if name.startswith("blocks.")]
+    return {"img_size": (side * patch[0], side * patch[1]), "patch_size": tuple(patch),
+            "in_chans": C, "embed_dim": D, "depth": 1 + max(block_numbers), "num_heads": num_heads,
+            "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / D}

@@ -1,15 +1,21 @@
 """How good is an encoder? Frozen features, computed once, and a simple classifier on top.
 
-    python eval.py knn    --checkpoint runs/pl-mae-shapes-micro/checkpoint.pt
-    python eval.py linear --checkpoint runs/mae-shapes-micro/checkpoint.pt --data cifar10 --data-root data
+    python eval.py knn      --checkpoint runs/pl-mae-shapes-micro/checkpoint.pt
+    python eval.py linear   --checkpoint runs/mae-shapes-micro/checkpoint.pt --data cifar10
     python eval.py diagnose --checkpoint runs/pl-mae-shapes-micro/checkpoint.pt
 
-`knn` asks whether images of a class lie together; `linear` whether a plane separates them. For a masked autoencoder the
-second answer is much the better one, and which token is asked matters: both are reported, the class token and the mean
-of the patch tokens. `top1` (a fraction, on the test split) is that of the token that was better on validation images cut
-from the training data. `diagnose` looks at features and pseudo labels of those validation images: have they collapsed, do
-labels agree with classes? --network chooses the student or a teacher. The last line printed is a JSON object, appended to
+`knn` asks whether images of a class lie together; `linear` whether a plane separates them. For a
+masked autoencoder the second answer is much the better one. Which token is asked matters, so both
+are reported: the class token, and the mean of the patch tokens. `top1` (a share, on the test split)
+is that of the token that was better on validation images cut from the training data.
+
+`diagnose` looks at features and pseudo labels of those validation images: have they collapsed, do
+pseudo labels agree with true classes?
+
+--network chooses the student or a teacher. The last line printed is a JSON object, appended to
 eval.jsonl beside the checkpoint.
+
+Letters:  n m images, N patches, D width of a token, K clusters.
 """
 
 import json
@@ -17,73 +23,108 @@ import math
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import append_json, load_checkpoint
+from checkpoint import NETWORKS, load_encoder, load_run, mae_arguments
 from data import SETS, held_out, load_images, read
-from extras.command_line import Parser, UsageError, find_device, run_main
-from extras.matching import matched_accuracy, nmi
-from extras.weights import ENCODER_ARGUMENTS, NETWORKS
-from mae import VisionTransformer, load_encoder
-from pseudo_labels import Student, count_labels, health, make_labels
-from teachers import make_teacher
+from mae import MaskedAutoencoder, patchify, unpatchify
+from pseudo_labels import balance, count_labels, health, plain_norm
+from teachers import Teacher, standardise
+from utils.agreement import nmi, purity
+from utils.command_line import Parser, UsageError, run_main
+from utils.devices import choose_device
+from utils.files import append_json
+from utils.pictures import principal_colours, to_pictures
 
-LINEAR_RATES = (0.003, 0.03, 0.3, 3.0)     # learning rates tried, a wide net; validation images choose
+LINEAR_RATES = (0.003, 0.03, 0.3, 3.0)     # learning rates tried, a wide net; validation chooses
+CHUNK = 200                                # images in the memory of the device at a time
+SCORES = 2**27                             # scores of patches kept at a time: half a gigabyte
+
+
+# --------------------------------------------------------------------------------------- features
+
+def subset(ids, n):
+    """At most n of ids, evenly spread."""
+    return ids[torch.linspace(0, len(ids) - 1, min(n, len(ids))).long()]
+
+
+def standardised(images, ids, mean, std):
+    """The images at ids as networks want them: n C H W, on the CPU."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    return (read(images, ids).float() / 255 - mean) / std
 
 
 @torch.no_grad()
-def features(encoder, images, ids, mean, std, device, batch=500):
-    """Features of the images at ids, on the CPU: {"class": n D, "mean": n D}; {"pixels": n (C H W)} if encoder is None."""
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
-    columns = {}
-    for part in ids.split(batch):
-        x = (read(images, part).to(device).float() / 255 - mean) / std                                  # b C H W
-        if encoder is None:
-            tokens = {"pixels": x.flatten(1)}
-        else:
-            x = encoder.encode(x.to(next(encoder.parameters()).dtype)).float()                          # b 1+N D
-            tokens = {"class": x[:, 0], "mean": x[:, 1:].mean(1)}
-        for name, value in tokens.items():
-            columns.setdefault(name, []).append(value.cpu())
-    return {name: torch.cat(value) for name, value in columns.items()}
+def tokens_in_chunks(encoder, images, ids, mean, std, device):
+    """Yield tokens b 1+N D of the images at ids, at most CHUNK at a time, on the device."""
+    dtype = next(encoder.parameters()).dtype
+    for part in ids.split(CHUNK):
+        yield encoder(standardised(images, part, mean, std).to(device, dtype))
 
+
+def features(encoder, images, ids, mean, std, device):
+    """Features of the images at ids, on the CPU: {"class": n D, "mean": n D}.
+
+    encoder None: {"pixels": n (C H W)}."""
+    if encoder is None:
+        return {"pixels": standardised(images, ids, mean, std).flatten(1)}
+    found = {"class": [], "mean": []}
+    for tokens in tokens_in_chunks(encoder, images, ids, mean, std, device):
+        found["class"].append(tokens[:, 0].float().cpu())
+        found["mean"].append(tokens[:, 1:].float().mean(1).cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def kept_network(student, teachers, config):
+    """The encoder that a run is for, and is judged by: the student's, of RC-MAE the teacher's."""
+    return teachers.reconstruction.encoder if config.consistency_weight else student.mae.encoder
+
+
+# ------------------------------------------------------------------------------------ classifiers
 
 def knn(x, y, test_x, classes, k=20, temperature=0.07):
-    """Weighted k nearest neighbours by cosine similarity: x n D, y n, test_x m D -> predicted classes m.
+    """Weighted k nearest neighbours by cosine: x n D, y n, test_x m D -> predicted classes m.
 
-    A neighbour votes with exp(similarity / temperature); k and temperature as in Wu et al. 2018 and DINO."""
+    A neighbour votes with exp(cosine / temperature); k and temperature as in Wu et al. 2018 and
+    DINO."""
     x, test_x = F.normalize(x, dim=1), F.normalize(test_x, dim=1)
     predictions = []
     for queries in test_x.split(1000):
-        similarity, neighbours = (queries @ x.T).topk(min(k, len(x)), dim=1)                            # b k
+        cosine, neighbours = (queries @ x.T).topk(min(k, len(x)), dim=1)                     # b k
         votes = torch.zeros(len(queries), classes, device=x.device)
-        votes.scatter_add_(1, y[neighbours], (similarity / temperature).exp())                          # b classes
+        votes.scatter_add_(1, y[neighbours], (cosine / temperature).exp())             # b classes
         predictions.append(votes.argmax(1))
     return torch.cat(predictions)
 
 
 def linear(x, y, test_x, classes, rates=LINEAR_RATES, epochs=90, batch=1024, seed=0):
-    """Linear classifiers, one per learning rate, trained side by side: x n D, y n, test_x m D -> predictions rates m.
+    """Linear classifiers, one per learning rate, trained side by side: x n D, y n, test_x m D ->
+    predicted classes, rates m.
 
-    MAE's protocol: BatchNorm without affine, then a linear layer; momentum 0.9, no weight decay, cosine, 90 epochs. SGD in
-    place of LARS, as batches are small. The rate is for the whole batch."""
+    MAE's protocol: BatchNorm without affine, then a linear layer; momentum 0.9, no weight decay,
+    cosine, 90 epochs. SGD in place of LARS, as batches are small. The rate is for the whole
+    batch."""
     g = torch.Generator().manual_seed(seed)
     norm = nn.BatchNorm1d(x.shape[1], affine=False, device=x.device)
     heads = [nn.Linear(x.shape[1], classes, device=x.device) for _ in rates]
     for head in heads:
-        nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
-    optimizer = torch.optim.SGD([dict(params=h.parameters(), lr=r) for h, r in zip(heads, rates)], momentum=0.9)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+    groups = [dict(params=head.parameters(), lr=rate) for head, rate in zip(heads, rates)]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
     batch = min(batch, len(x))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(x) // batch))
+    steps = len(x) // batch
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     for _ in range(epochs):
         order = torch.randperm(len(x), generator=g)
-        for ids in order[:len(x) // batch * batch].view(-1, batch).to(x.device):
+        for ids in order[:steps * batch].view(-1, batch).to(x.device):
             inputs = norm(x[ids])
-            loss = sum(F.cross_entropy(head(inputs), y[ids]) for head in heads)   # no weight is shared: each gets its own
+            # no weight is shared, so each head gets its own gradient
+            loss = sum(F.cross_entropy(head(inputs), y[ids]) for head in heads)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -97,187 +138,312 @@ def accuracy(predictions, y):
     return round((predictions == y).float().mean().item(), 4)
 
 
-def classify(task, x, y, fit, val, test_x, test_y, classes):
-    """Validation and test accuracy of one token: tuned on rows `fit` against rows `val`, then trained on all rows."""
+def classify(task, x, y, val, test_x, classes):
+    """One token -> its validation accuracy, and predictions for test_x.
+
+    val: n, True for validation images. What is tuned is tuned with the other rows against these;
+    then all rows are used. The test labels are not asked for."""
+    fit_x, fit_y, val_x, val_y = x[~val], y[~val], x[val], y[val]
     if task == "knn":
-        return accuracy(knn(x[fit], y[fit], x[val], classes), y[val]), accuracy(knn(x, y, test_x, classes), test_y)
-    scores = [accuracy(p, y[val]) for p in linear(x[fit], y[fit], x[val], classes)]
+        validation = accuracy(knn(fit_x, fit_y, val_x, classes), val_y)
+        return validation, knn(x, y, test_x, classes)
+    scores = [accuracy(p, val_y) for p in linear(fit_x, fit_y, val_x, classes)]
     best = max(range(len(scores)), key=scores.__getitem__)
-    return scores[best], accuracy(linear(x, y, test_x, classes, rates=LINEAR_RATES[best:best + 1])[0], test_y)
-
-
-def subset(ids, n):
-    """At most n of ids, evenly spread."""
-    return ids[torch.linspace(0, len(ids) - 1, min(n, len(ids))).long()]
+    return scores[best], linear(x, y, test_x, classes, rates=[LINEAR_RATES[best]])[0]
 
 
 def monitor(encoder, images, train_ids, val_ids, mean, std, device):
-    """While training runs, on held-out images: {"knn_class", "knn_mean", "effective_rank_class", "effective_rank_mean"}; {} without labels.
+    """While training runs, on held-out images: {"knn_class", "knn_mean", "effective_rank_class",
+    "effective_rank_mean"}; {} without labels.
 
-    At most 10,000 labelled images to compare with and 2,000 to test: a curve, quickly. `python eval.py knn` uses all."""
+    At most 10,000 labelled images to compare with and 2,000 to test: a curve, quickly. `python
+    eval.py knn` uses all."""
     train_ids = train_ids[images.labels[train_ids] >= 0]
     if len(val_ids) == 0 or len(train_ids) == 0:
         return {}
     train_ids, val_ids = subset(train_ids, 10_000), subset(val_ids, 2_000)
-    x, test_x = (features(encoder, images, ids, mean, std, device) for ids in (train_ids, val_ids))
+    x = features(encoder, images, train_ids, mean, std, device)
+    test_x = features(encoder, images, val_ids, mean, std, device)
     y, test_y = images.labels[train_ids], images.labels[val_ids]
-    return ({f"knn_{token}": accuracy(knn(x[token], y, test_x[token], len(images.classes)), test_y) for token in x}
-            | {f"effective_rank_{token}": effective_rank(v.float()) for token, v in test_x.items()})
+    found = {}
+    for token in x:
+        predictions = knn(x[token], y, test_x[token], len(images.classes))
+        found[f"knn_{token}"] = accuracy(predictions, test_y)
+        found[f"effective_rank_{token}"] = effective_rank(test_x[token])
+    return found
 
 
-def load_network(options):
-    """--checkpoint and --network: the encoder of the student, of a teacher, or a new one, and what the file says of it."""
-    named = options.network if options.network in NETWORKS else None
-    encoder, _ = load_encoder(options.checkpoint, options.num_heads, named)
-    if encoder.in_chans not in (1, 3):
-        raise UsageError(f"--checkpoint {options.checkpoint}: takes {encoder.in_chans} channels; data sets here have 1 or 3")
-    info = encoder.info
-    if options.network == "untrained":
-        if "arch" not in info:
-            raise UsageError("--network untrained: needs a checkpoint of train.py; `train.py --epochs 0` writes one")
-        torch.manual_seed(info["config"]["seed"])           # the very weights that the run began with
-        encoder = VisionTransformer(**{k: info["arch"][k] for k in ENCODER_ARGUMENTS}).eval()
-    return encoder, dict(info, network=options.network or info["network"])
+# -------------------------------------------------------------------- what networks make of images
+
+class Assigned(NamedTuple):
+    """Pseudo labels of images or patches, on the CPU."""
+    labels: torch.Tensor       # n (N) K, rows sum to 1
+    cluster: torch.Tensor      # n (N), the most probable one
+    cosine: torch.Tensor       # n (N), of the token with the prototype of that cluster
 
 
-# ------------------------------------------------------------------------------------------------------------- diagnosis
+@torch.no_grad()
+def assign(teacher, config, images, ids, mean, std, device):
+    """Pseudo labels that a labelling teacher makes of the images at ids, whole, in no other
+    colours: {"image": Assigned, "patch": Assigned} as far as it has heads.
 
-def load_run(path):
-    """A checkpoint of train.py -> student, {"labelling": teacher, "reconstruction": teacher} as far as the run had them, config
-    (a namespace, with mean and std), centres."""
-    file = load_checkpoint(path)
-    if not isinstance(file, dict) or "arch" not in file or "centres" not in file:
-        raise UsageError(f"--checkpoint {path}: is not of train.py, so it has no teachers and no labels; use knn or linear")
-    student, teachers = Student(**file["arch"]), {}
-    student.load_state_dict(file["model"])
-    for name in ("labelling", "reconstruction"):
-        if f"{name}_teacher" in file:
-            weights = file[f"{name}_teacher"]
-            parts = {key.split(".")[0] for key in weights}
-            teachers[name] = make_teacher(student, without={key.split(".")[0] for key in file["model"]} - parts)
-            teachers[name].load_state_dict(weights)
-    return student.eval().requires_grad_(False), teachers, SimpleNamespace(**file["config"], mean=file["mean"], std=file["std"]), file["centres"]
+    Patch pseudo labels are of the first images only, where there would be more than SCORES scores.
+    The centres of centring stay where they are."""
+    scores = {"image": [], "patch": []}
+    kept = 0
+    for tokens in tokens_in_chunks(teacher.encoder, images, ids, mean, std, device):
+        if teacher.image_head is not None:
+            scores["image"].append(teacher.image_head(tokens[:, 0]).cpu())                   # b K
+        if teacher.patch_head is not None:
+            K = len(teacher.patch_head.prototypes)
+            room = SCORES // (K * (tokens.shape[1] - 1)) - kept
+            part = teacher.patch_head(plain_norm(tokens[:max(0, room), 1:]))               # b N K
+            scores["patch"].append(part.cpu())
+            kept += len(part)
+    found = {}
+    for name, parts in scores.items():
+        if parts:
+            each = torch.cat(parts)                                                      # n (N) K
+            centre = teacher.centres[name].cpu()
+            labels = balance(each.flatten(0, -2), centre, config).view_as(each)
+            cluster = labels.argmax(-1)
+            cosine = each.gather(-1, cluster[..., None]).squeeze(-1)
+            found[name] = Assigned(labels, cluster, cosine)
+    return found
 
+
+@torch.no_grad()
+def reconstruct(student, teacher, config, images, ids, noise, mean, std, device):
+    """{name of a row: pictures}, of as many of the images at ids as there are rows of noise (b N):
+    original, masked, and what the decoder says of the masked patches: pixels, or tokens beside the
+    teacher's, as the colours of their principal components.
+
+    Targets are standardised over all images at ids. A model of standardised patches says nothing
+    about a patch's own brightness and contrast: the picture lends it those of the original. Without
+    that, its predictions look like grey noise."""
+    encoder = student.mae.encoder
+    ids_shown = ids[:len(noise)]
+    imgs = standardised(images, ids_shown, mean, std)                                    # b C H W
+    dtype = encoder.cls_token.dtype
+    out = student(imgs.to(device, dtype), config.mask_ratio,
+                  noise[:len(imgs)].to(device, dtype))
+    pred = out["pred"].float().cpu()                                                       # b N P
+    hidden = out["mask"][..., None].cpu() == 1                                             # b N 1
+    patches = patchify(imgs, encoder.patch_size)                                           # b N P
+
+    def as_pictures(x):
+        return to_pictures(unpatchify(x, encoder.patch_size, encoder.img_size), mean, std)
+
+    rows = {"original": as_pictures(patches),
+            "masked": as_pictures(patches.masked_fill(hidden, 0))}         # 0: the mean of the set
+    if config.target == "pixels":
+        if config.norm_pix_loss:
+            spread = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+            pred = pred * spread + patches.mean(-1, keepdim=True)
+        rows["prediction"] = as_pictures(torch.where(hidden, pred, patches))
+    else:
+        chunks = tokens_in_chunks(teacher.encoder, images, ids, mean, std, device)
+        tokens = torch.cat([each[:, 1:].float().cpu() for each in chunks])                 # n N D
+        target = standardise(tokens, config.standardise)[:len(imgs)]                       # b N D
+        shown = torch.where(hidden, pred, target)
+        colours = principal_colours(target.flatten(0, 1), shown.flatten(0, 1))     # 2 x ((b N) 3)
+        for name, each in zip(("teacher's tokens", "prediction"), colours):
+            rows[name] = list(each.view(len(imgs), *encoder.grid, 3).numpy())
+    return rows
+
+
+# -------------------------------------------------------------------------------------- diagnosis
 
 def effective_rank(x):
-    """exp of the entropy of the normalised singular values of centred features n D: 1 to D, how many directions are in use
-    (RankMe, Garrido et al. 2023, who do not centre)."""
+    """exp of the entropy of the normalised singular values of centred features n D: how many
+    directions are in use, 1 to D (RankMe, Garrido et al. 2023, who do not centre)."""
     s = torch.linalg.svdvals(x - x.mean(0))
     p = s / s.sum().clamp(min=1e-12)
     return round(torch.special.xlogy(p, p).sum().neg().exp().item(), 2)
 
 
 def spread(x):
-    """Standard deviation of L2-normalised features n D, mean over D, times sqrt(D): 0 if all are alike, 1 if they point
-    everywhere (SimSiam)."""
-    return round(F.normalize(x, dim=1).std(0, unbiased=False).mean().item() * x.shape[1] ** 0.5, 4)
+    """Standard deviation of L2-normalised features n D, mean over D, times sqrt(D): 0 if all are
+    alike, 1 if they point everywhere (SimSiam)."""
+    deviation = F.normalize(x, dim=1).std(0, unbiased=False).mean().item()
+    return round(deviation * x.shape[1] ** 0.5, 4)
 
 
-@torch.no_grad()
+def centred_cosine(a, b):
+    """Mean cosine of features a and b (n D) of the same images, each about its own mean."""
+    cosine = F.cosine_similarity(a - a.mean(0), b - b.mean(0), dim=1)
+    return round(cosine.mean().item(), 4)
+
+
 def diagnose(path, network, images, ids, mean, std, device):
-    """The state of features and pseudo labels on the images at ids, as a dictionary; figures of labels are in nats."""
-    student, teachers, config, centres = load_run(path)
-    student, centres = student.to(device), {name: c.to(device) for name, c in centres.items()}
-    x = ((read(images, ids).to(device).float() / 255 - torch.tensor(mean, device=device)[:, None, None])
-         / torch.tensor(std, device=device)[:, None, None]).to(student.cls_token.dtype)                 # n C H W
-    encode = lambda encoder: torch.cat([encoder.to(device).encode(part) for part in x.split(200)])      # n 1+N D
-    tokens = {name: encode(t) for name, t in dict(student=student, **{f"{k}-teacher": t for k, t in teachers.items()}).items()}
-    views = lambda u: {"class": u[:, 0].float(), "mean": u[:, 1:].mean(1).float()}
+    """The state of features and pseudo labels on the images at ids: a dictionary of numbers, of
+    pseudo labels in nats. Their agreement with true classes stands beside that of shuffled ones."""
+    student, teachers, config = load_run(path)
+    encoders = {"student": student.mae.encoder}
+    for name, teacher in teachers.named().items():
+        encoders[f"{name}-teacher"] = teacher.encoder
+    found_features = {name: features(encoder.to(device), images, ids, mean, std, device)
+                      for name, encoder in encoders.items()}
     found = {}
-    for token, v in views(tokens[network]).items():
-        found |= {f"effective_rank_{token}": effective_rank(v), f"spread_{token}": spread(v)}
-    for name in list(tokens)[1:]:                          # how far a teacher is from its student, image by image
-        for token, v in views(tokens["student"]).items():
-            w = views(tokens[name])[token]
-            found[f"student_vs_{name}_{token}"] = round(F.cosine_similarity(v - v.mean(0), w - w.mean(0), dim=1).mean().item(), 4)
-    if "labelling" in teachers:
-        by = (config.balancing, config.teacher_temperature)
-        labels, own = (make_labels(t, tokens[n], *by, {k: c.clone() for k, c in centres.items()})
-                       for t, n in ((teachers["labelling"], "labelling-teacher"), (student, "student")))
-        y = images.labels[ids]
-        for name, q in labels.items():
-            hard = q.argmax(-1).cpu()                                                                   # n (N)
-            found |= {f"{name}_ln_k": round(math.log(q.shape[-1]), 4)} | {
-                f"{name}_{k}": round(v, 4) for k, v in health(count_labels(q)).items()}
-            found[f"{name}_student_agrees"] = round((own[name].argmax(-1).cpu() == hard).float().mean().item(), 4)
-            if name == "data":                             # labels that only say where a patch is could be predicted blindly
-                found["data_nmi_position"] = round(nmi(hard.flatten(), torch.arange(hard.shape[1]).repeat(len(hard))), 4)
-                hard, classes = hard.flatten(), y[:, None].expand_as(hard).flatten()
-            else:
-                classes = y
-            if (y >= 0).all():
-                chance = classes[torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))]
-                found |= {f"{name}_nmi": round(nmi(hard, classes), 4), f"{name}_nmi_shuffled": round(nmi(hard, chance), 4),
-                          f"{name}_matched_accuracy": round(matched_accuracy(hard, classes), 4)}
+    for token, x in found_features[network].items():
+        found[f"effective_rank_{token}"] = effective_rank(x)
+        found[f"spread_{token}"] = spread(x)
+    for name, by_token in found_features.items():
+        if name != "student":
+            for token, x in by_token.items():
+                found[f"student_vs_{name}_{token}"] = centred_cosine(
+                    found_features["student"][token], x)
+    if teachers.labelling is not None:
+        found |= diagnose_labels(student, teachers.labelling, config, images, ids, mean, std,
+                                 device)
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------ the command
+def diagnose_labels(student, teacher, config, images, ids, mean, std, device):
+    """What `diagnose` says of pseudo labels, those of the labelling teacher."""
+    as_teacher = Teacher(student, heads=True)              # the labels that the student would make
+    for name, centre in as_teacher.centres.items():
+        centre.copy_(teacher.centres[name])
+    labels, students = (assign(each.to(device), config, images, ids, mean, std, device)
+                        for each in (teacher, as_teacher))
+    found = {}
+    for name, (q, cluster, _) in labels.items():
+        found[f"{name}_ln_k"] = round(math.log(q.shape[-1]), 4)
+        for key, value in health(count_labels(q)).items():
+            found[f"{name}_{key}"] = round(value, 4)
+        agrees = (students[name].cluster == cluster).float().mean().item()
+        found[f"{name}_student_agrees"] = round(agrees, 4)
+        if name == "patch":            # labels that only say where a patch is need no look at it
+            place = torch.arange(cluster.shape[1]).expand_as(cluster)
+            found["patch_nmi_place"] = round(nmi(cluster.flatten(), place.flatten()), 4)
+        classes = images.labels[ids][:len(cluster)]                                            # n
+        if (classes >= 0).all():
+            if name == "patch":
+                classes = classes[:, None].expand_as(cluster)                                # n N
+            cluster, classes = cluster.flatten(), classes.flatten()
+            g = torch.Generator().manual_seed(0)
+            shuffled = classes[torch.randperm(len(classes), generator=g)]
+            for key, agreement in (("nmi", nmi), ("purity", purity)):
+                found[f"{name}_{key}"] = round(agreement(cluster, classes), 4)
+                found[f"{name}_{key}_shuffled"] = round(agreement(cluster, shuffled), 4)
+    return found
+
+
+# ------------------------------------------------------------------------------------ the command
+
+def load_network(options):
+    """--checkpoint and --network -> the encoder of the student, of a teacher, or a new one, and
+    what the file says of it."""
+    named = options.network if options.network in NETWORKS else None
+    encoder, _ = load_encoder(options.checkpoint, options.num_heads, named)
+    if encoder.in_chans not in (1, 3):
+        raise UsageError(f"--checkpoint {options.checkpoint}: takes {encoder.in_chans} channels; "
+                         "data sets here have 1 or 3")
+    info = dict(encoder.info)
+    if options.network == "untrained":
+        if "arch" not in info:
+            raise UsageError("--network untrained: needs a checkpoint of train.py; `train.py "
+                             "--epochs 0` writes one")
+        torch.manual_seed(info["config"]["seed"])      # the very weights that the run began with
+        encoder = MaskedAutoencoder(**mae_arguments(info["arch"])).encoder.eval()
+    info["network"] = options.network or info["network"]
+    return encoder, info
+
+
+def choose_data(options, config):
+    """--data and --data-root, or what the checkpoint was trained on -> name, root."""
+    data = options.data or config.get("data")
+    if data is None:
+        raise UsageError("--data: this checkpoint does not name a data set; name one")
+    if data == config.get("data"):
+        return data, options.data_root or config["data_root"]
+    if data == "imagefolder" and not options.data_root:
+        raise UsageError("--data-root: name the folder of the images")
+    return data, options.data_root or "data"
+
 
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("task", choices=["knn", "linear", "diagnose"])
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="of train.py, of the official MAE code or timm")
-    parser.add_argument("--network", choices=[*NETWORKS, "untrained", "pixels"], help="untrained: the same encoder with random "
-                        "weights; pixels: no encoder (default: student; of rc-mae its teacher)")
-    parser.add_argument("--token", choices=["class", "mean"], help="default: the better one on validation images")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE",
+                        help="of train.py, of the official MAE code or timm")
+    parser.add_argument("--network", choices=[*NETWORKS, "untrained", "pixels"],
+                        help="untrained: the same encoder with random weights; pixels: no encoder "
+                        "(default: student; of rc-mae its teacher)")
+    parser.add_argument("--token", choices=["class", "mean"],
+                        help="default: the better one on validation images")
     parser.add_argument("--data", choices=SETS, help="default: what the checkpoint was trained on")
-    parser.add_argument("--data-root", metavar="DIR", help="default: that of the training run; for another set than its own: data")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
-    parser.add_argument("--num-heads", type=int, help="for others' weights whose heads are not 64 wide")
+    parser.add_argument("--data-root", metavar="DIR", help="default: that of the training run; for "
+                        "another set than its own: data")
+    parser.add_argument("--device", default="auto",
+                        help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
+    parser.add_argument("--num-heads", type=int,
+                        help="for others' weights whose heads are not 64 wide")
     options = parser.parse_args(argv)
     start = time.perf_counter()
 
-    device = find_device(options.device)
+    device = choose_device(options.device)
     if options.network == "pixels" and options.token:
         raise UsageError(f"--token {options.token}: raw pixels have no tokens; leave it out")
+    if options.network in ("untrained", "pixels") and options.task == "diagnose":
+        raise UsageError(f"--network {options.network}: has no pseudo labels and no teachers; name "
+                         f"{', '.join(NETWORKS)}")
     encoder, info = load_network(options)
-    config = info.get("config", {})
-    data = options.data or config.get("data")
-    if data is None:
-        raise UsageError("--data: this checkpoint does not name a data set; name one")
-    root = options.data_root or (config["data_root"] if data == config.get("data") else "data")
-    if data == "imagefolder" and data != config.get("data") and not options.data_root:
-        raise UsageError("--data-root: name the folder of the images")
+    data, root = choose_data(options, info.get("config", {}))
+    record = {"task": options.task, "network": info["network"], "data": data,
+              "step": info.get("step")}
     if options.task == "diagnose":
-        if options.network in ("untrained", "pixels"):
-            raise UsageError(f"--network {options.network}: has no labels and no teachers; name {', '.join(NETWORKS)}")
-        images = load_images(data, root, "train", encoder.img_size, encoder.in_chans)
-        train_ids, ids = held_out(images, config.get("val_fraction", 0.1) if data == config.get("data") else 0.1)
-        ids = subset(ids if len(ids) else train_ids, 2000)
-        return report(options, dict(task="diagnose", network=info["network"], data=data, images=len(ids), step=info.get("step"),
-                                    **diagnose(options.checkpoint, info["network"], images, ids, info["mean"], info["std"], device)), start)
-    train, test = (load_images(data, root, split, encoder.img_size, encoder.in_chans) for split in ("train", "test"))
-    if not train.classes:
-        raise UsageError(f"--data-root {root}: the training images have no labels; use ROOT/train/<class>/*")
-    if train.classes != test.classes:
-        raise UsageError(f"--data-root {root}: {len(train.classes)} classes to train on and {len(test.classes)} to test on, "
-                         f"different: {', '.join(sorted(set(train.classes) ^ set(test.classes))[:5])}")
-    network = None if options.network == "pixels" else encoder.to(device)
-    ids = torch.nonzero(train.labels >= 0).flatten()
-    if len(ids) < 10:
-        raise UsageError(f"--data-root {root}: {len(ids)} labelled training images; at least 10 are needed, one to validate on")
-    x, test_x = (features(network, images, i, info["mean"], info["std"], device)
-                 for images, i in ((train, ids), (test, torch.arange(len(test)))))
-    y, test_y = train.labels[ids].to(device), test.labels.to(device)
-    _, val_ids = held_out(train, 0.1)                      # the images that train.py holds out by default
-    val = torch.isin(ids, val_ids).to(device)
-
-    scores = {token: classify(options.task, x[token].to(device), y, ~val, val, test_x[token].to(device),
-                              test_y, len(train.classes)) for token in x}
-    token = options.token or max(scores, key=lambda t: scores[t][0])       # by validation alone: [1] is the test split
-    if not options.token and len(scores) > 1:
-        print(f"reported: the {token} token, better on validation images; guessing gives {1 / len(train.classes):.1%}", file=sys.stderr)
-    record = dict(task=options.task, top1=scores[token][1], token=token,
-                  tokens={t: s[1] for t, s in scores.items()}, validation={t: s[0] for t, s in scores.items()},
-                  network=info["network"], data=data, step=info.get("step"), images=len(ids), test_images=len(test))
-    report(options, record, start)
-
-
-def report(options, record, start):
-    record |= dict(checkpoint=options.checkpoint, seconds=round(time.perf_counter() - start, 1))
+        record |= run_diagnosis(options, encoder, info, data, root, device)
+    else:
+        record |= run_classifier(options, encoder, info, data, root, device)
+    record |= {"checkpoint": options.checkpoint, "seconds": round(time.perf_counter() - start, 1)}
     append_json(Path(options.checkpoint).parent / "eval.jsonl", record)
     print(json.dumps(record))
+
+
+def run_diagnosis(options, encoder, info, data, root, device):
+    config = info.get("config", {})
+    images = load_images(data, root, "train", encoder.img_size, encoder.in_chans)
+    fraction = config["val_fraction"] if data == config.get("data") else 0.1
+    train_ids, ids = held_out(images, fraction)
+    ids = subset(ids if len(ids) else train_ids, 2000)
+    found = diagnose(options.checkpoint, info["network"], images, ids, info["mean"], info["std"],
+                     device)
+    return {"images": len(ids)} | found
+
+
+def run_classifier(options, encoder, info, data, root, device):
+    train, test = (load_images(data, root, split, encoder.img_size, encoder.in_chans)
+                   for split in ("train", "test"))
+    if not train.classes:
+        raise UsageError(f"--data-root {root}: the training images have no labels; use "
+                         "ROOT/train/<class>/*")
+    if train.classes != test.classes:
+        differ = sorted(set(train.classes) ^ set(test.classes))[:5]
+        raise UsageError(f"--data-root {root}: {len(train.classes)} classes to train on and "
+                         f"{len(test.classes)} to test on, different: {', '.join(differ)}")
+    ids = torch.nonzero(train.labels >= 0).flatten()
+    if len(ids) < 10:
+        raise UsageError(f"--data-root {root}: {len(ids)} labelled training images; at least 10 "
+                         "are needed, one to validate on")
+    network = None if options.network == "pixels" else encoder.to(device)
+    x, test_x = (features(network, images, i, info["mean"], info["std"], device)
+                 for images, i in ((train, ids), (test, torch.arange(len(test)))))
+    y, classes = train.labels[ids].to(device), len(train.classes)
+    _, val_ids = held_out(train, 0.1)                      # what train.py holds out by default
+    val = torch.isin(ids, val_ids).to(device)
+
+    validation, accuracies = {}, {}
+    for token in x:
+        validation[token], predictions = classify(
+            options.task, x[token].to(device), y, val, test_x[token].to(device), classes)
+        accuracies[token] = accuracy(predictions.cpu(), test.labels)
+    token = options.token or max(validation, key=validation.get)
+    if not options.token and len(validation) > 1:
+        print(f"reported: the {token} token, better on validation images; guessing gives "
+              f"{1 / classes:.1%}", file=sys.stderr)
+    return {"top1": accuracies[token], "token": token, "tokens": accuracies,
+            "validation": validation, "images": len(ids), "test_images": len(test)}
 
 
 if __name__ == "__main__":

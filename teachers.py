@@ -1,60 +1,141 @@
-"""Two teachers: exponential moving averages (EMA) of the student, one for labels, one for token targets.
+"""Two teachers: exponential moving averages (EMA) of the student, one for pseudo labels, one for
+what the decoder predicts.
 
     labelling teacher         encoder and heads   sees the whole view, makes the pseudo labels
-    reconstruction teacher    encoder             sees the whole view, its patch tokens are what the decoder predicts
+    reconstruction teacher    encoder             sees the whole view; its patch tokens are what the
+                                                  decoder predicts
 
-A teacher is never trained: after every optimiser step its weights move a little towards the student's,
+A teacher is never trained. After every optimiser step its weights move a little towards the
+student's,
 
     T  <-  m T + (1 - m) student
 
-so it is an average of recent students, steadier than any of them. How recent is said by its half-life: after h steps the
-weight of what the student was has halved, m = 0.5^(1/h). Labels want to stay the same for long, targets want to be
-up to date, or the other way round: that the two jobs need not share a half-life is why there are two teachers. With equal
-half-lives (and the same input) two teachers are one.
+so it is an average of recent students, steadier than any of them. How recent is said by its
+*half-life*: after h steps the weight of what the student was has halved, m = 0.5^(1/h). The two
+jobs need not want the same half-life: labels may want to stay the same for long, and targets to be
+up to date, or the other way round. That is why there are two teachers. With equal half-lives, and
+the same input, two teachers are one.
 
-Letters:  B images, N patches, D width of the encoder.
+Letters:  B views in the batch, N patches, D width of the encoder.
 """
 
 import copy
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from pseudo_labels import mean_over_ranks
+from mae import at_least_fp32, random_masking
+from utils.ranks import mean_over_ranks
 
 STANDARDISE = ("token", "feature", "position", "none")
 
 
-# ----------------------------------------------------------------------------------------------------------- the teachers
+# ------------------------------------------------------------------------------------ the teachers
 
-def make_teacher(student, without=()):
-    """A copy of the student that shares no storage with it, takes no gradient, and lacks the parts whose names begin with
-    one of `without`."""
-    teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    for name in [n for n, _ in (*teacher.named_children(), *teacher.named_parameters(recurse=False))]:
-        if name.startswith(tuple(without)):
-            setattr(teacher, name, None)
-    return teacher
+def frozen_copy(module):
+    """A copy that shares no storage with the module and takes no gradient. Of None, None."""
+    return None if module is None else copy.deepcopy(module).eval().requires_grad_(False)
+
+
+class Teacher(nn.Module):
+    """Copies of modules of the student, which follow it: the encoder, and what its job asks for.
+
+    heads: also the heads, for a labelling teacher. decoder: also the decoder, for RC-MAE, whose
+    teacher predicts pixels."""
+
+    def __init__(self, student, heads=False, decoder=False):
+        super().__init__()
+        self.encoder = frozen_copy(student.mae.encoder)
+        self.decoder = frozen_copy(student.mae.decoder) if decoder else None
+        self.image_head = frozen_copy(student.image_head) if heads else None
+        self.patch_head = frozen_copy(student.patch_head) if heads else None
+        # The running mean score of each cluster, for centring. A buffer: it does not follow anyone.
+        for name, head in (("image", self.image_head), ("patch", self.patch_head)):
+            if head is not None:
+                self.register_buffer(f"{name}_centre", torch.zeros_like(head.prototypes[:, 0]))
+
+    @property
+    def centres(self):
+        """{"image": K, "patch": K} as far as there are heads."""
+        return {name.removesuffix("_centre"): centre
+                for name, centre in self.named_buffers(recurse=False)}
+
+    def encode(self, imgs):
+        """Whole views B C H W -> tokens B 1+N D, the class token first."""
+        return self.encoder(imgs)
+
+    def forward(self, imgs, mask_ratio, noise):
+        """Views B C H W under the masks of noise (k B) N -> the decoder's prediction, (k B) N P."""
+        imgs = imgs.repeat(len(noise) // len(imgs), 1, 1, 1)
+        ids_keep, _, ids_restore = random_masking(noise, mask_ratio)
+        latent = self.encoder(imgs, ids_keep)                                      # (k B) 1+V D
+        return self.decoder.pred(self.decoder(latent, ids_restore))
+
+    @torch.no_grad()
+    def follow(self, student, m):
+        """Every parameter: T <- m T + (1 - m) student. 0 copies the student, 1 stands still."""
+        theirs = dict(student.named_parameters()) | dict(student.mae.named_parameters())
+        names, own = zip(*self.named_parameters())
+        ema_update(list(own), [theirs[name] for name in names], m)
 
 
 @torch.no_grad()
-def ema_update(teacher, student, m):
-    """T <- m T + (1 - m) student, for every parameter the teacher has; buffers (no weights, so not to be averaged) are copied.
-
-    m = 0 copies the student exactly, m = 1 changes nothing."""
-    parameters, buffers = dict(student.named_parameters()), dict(student.named_buffers())
-    for name, p in teacher.named_parameters():
-        p.lerp_(parameters[name], 1 - m)
-    for name, b in teacher.named_buffers():
-        b.copy_(buffers[name])
+def ema_update(averages, weights, m):
+    """averages <- m averages + (1 - m) weights, in place: two lists of tensors. One call for all of
+    them, as a GPU would spend more time on starting a hundred small ones than on computing."""
+    torch._foreach_lerp_(averages, weights, 1 - m)
 
 
-# ---------------------------------------------------------------------------------------------------------- the schedules
+@dataclass
+class Teachers:
+    """None if absent. One object in both roles is one teacher."""
+    labelling: Teacher | None
+    reconstruction: Teacher | None
+
+    def named(self):
+        """{"labelling": teacher, "reconstruction": teacher}: each teacher once."""
+        named = {"labelling": self.labelling, "reconstruction": self.reconstruction}
+        if self.labelling is self.reconstruction:
+            del named["reconstruction"]
+        return {name: teacher for name, teacher in named.items() if teacher is not None}
+
+    def follow(self, student, momenta):
+        """After an optimiser step; momenta: {"labelling": m, "reconstruction": m}."""
+        for name, teacher in self.named().items():
+            teacher.follow(student, momenta[name])
+
+
+def make_teachers(student, config):
+    """The teachers that config asks for, fresh copies of the student.
+
+    Without pseudo labels the only teacher is the reconstruction teacher. In `mae` it has no task:
+    it is kept as the average of the weights, to be judged beside the student."""
+    labelled = student.image_head is not None or student.patch_head is not None
+    labelling = Teacher(student, heads=True) if labelled else None
+    if config.consistency_weight:
+        return Teachers(labelling, Teacher(student, decoder=True))
+    if not labelled or (config.target == "tokens" and config.teachers == 2):
+        return Teachers(labelling, Teacher(student))
+    return Teachers(labelling, labelling if config.target == "tokens" else None)
+
+
+# ----------------------------------------------------------------------------------- the schedules
 
 def half_life(text):
-    """The type of a half-life setting, a text: "0.01", one hundredth of the run; "173", steps; "173:inf", first and last."""
-    if not 1 <= len(ends := [float(h) for h in text.split(":")]) <= 2 or not all(h >= 0 for h in ends):
+    """The type of a half-life setting, a text: "1%" of the run, "30" steps, "inf" for a teacher
+    that never changes, "0" for one that copies the student. "173:inf" changes from first to last.
+
+    Raises ValueError for anything else."""
+    for part in text.split(":"):
+        h = float(part.removesuffix("%"))
+        if not h >= 0 or (part.endswith("%") and h > 100):
+            raise ValueError(text)
+        if not part.endswith("%") and 0 < h < 1:           # easily meant as a share of the run
+            raise ValueError(text)
+    if text.count(":") > 1:
         raise ValueError(text)
     return text
 
@@ -62,15 +143,18 @@ def half_life(text):
 def momentum(step, total, half_life):
     """m after optimiser step number `step` (0 is the first) of the `total` of the whole run.
 
-    half_life: "h", or "first:last", between which m goes by a cosine, as in BYOL. Below 1, h is a share of the run; from 1
-    on, a number of steps. 0 is a teacher that copies the student, inf one that never changes. m from 0.996 to 1 (DINO,
-    RC-MAE) is "173:inf"."""
-    ends = [h if h >= 1 else h * total for h in map(float, half_life.split(":"))]
-    first, last = (0.5 ** (1 / h) if h > 0 else 0.0 for h in (ends[0], ends[-1]))
-    return last - (last - first) * (1 + math.cos(math.pi * min(1, step / max(1, total - 1)))) / 2
+    half_life: see there. Between "first:last" m goes by a cosine, as in BYOL. m from 0.996 to 1
+    (DINO, RC-MAE) is "173:inf"."""
+    ends = []
+    for part in half_life.split(":"):
+        h = float(part[:-1]) / 100 * total if part.endswith("%") else float(part)
+        ends.append(0.5 ** (1 / h) if h > 0 else 0.0)
+    first, last = ends[0], ends[-1]
+    progress = min(1, step / max(1, total - 1))
+    return last - (last - first) * (1 + math.cos(math.pi * progress)) / 2
 
 
-# ------------------------------------------------------------------------------------------------------ the token targets
+# ---------------------------------------------------------------------------------- token targets
 
 @torch.no_grad()
 def standardise(tokens, how):
@@ -80,9 +164,9 @@ def standardise(tokens, how):
     feature    of each feature, over the tokens of the micro-batch on all ranks
     position   of each feature at each position, over the images of the micro-batch on all ranks
     none       left as they are"""
+    tokens = at_least_fp32(tokens)
     if how == "none":
         return tokens
-    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     if how == "token":
         return F.layer_norm(tokens, tokens.shape[-1:])
     over = {"feature": (0, 1), "position": 0}[how]
@@ -92,12 +176,14 @@ def standardise(tokens, how):
 
 @torch.no_grad()
 def between_images(tokens):
-    """Of tokens B N D: the variance between images at the same position, and its share of the whole variance.
+    """Of tokens B N D: the variance between images at the same position, and its share of the
+    whole.
 
-    The first is the loss of the best prediction that does not look at the image (the mean token of each position): a token
-    loss that does not go below it has learned positions only. A share near 0 means that targets say where, not what."""
-    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-    position = mean_over_ranks(tokens.mean(0))                                                          # N D
+    The first is the loss of the best prediction that does not look at the image, the mean token of
+    each position: a token loss that does not go below it has learned positions only. A share near 0
+    means that targets say where, not what."""
+    tokens = at_least_fp32(tokens)
+    position = mean_over_ranks(tokens.mean(0))                                               # N D
     between = mean_over_ranks((tokens - position).square().mean())
     whole = between + (position - position.mean(0)).square().mean()
     return between, between / whole.clamp(min=1e-12)

@@ -1,20 +1,26 @@
-"""Train a masked autoencoder with pseudo labels and two teachers, from one command, on a laptop or on several GPUs.
+"""Train a masked autoencoder with pseudo labels and two teachers, from one command, on a laptop or
+on several GPUs.
 
-    python train.py                                                          # `shapes`, on a CPU: some minutes
-    python train.py --recipe mae                                             # or rc-mae, mim-cluster, pl-mae-one-teacher
-    python train.py --data cifar10 --colours 1 --teacher-temperature 0.05    # photographs; see the README for more
-    torchrun --nproc-per-node 8 train.py --data imagefolder --data-root DIR --model base --batch-size 4096 ...
+    python train.py                                       # `shapes`, on a CPU: some minutes
+    python train.py --recipe mae                          # or another row of RECIPES
+    python train.py --data imagefolder --data-root DIR    # photographs of your own
+    torchrun --nproc-per-node 8 train.py --data imagefolder --data-root DIR --model base ...
 
-Writes checkpoint.pt, config.json, metrics.jsonl and pictures into --out. The same command continues a run that was cut off.
+Writes checkpoint.pt, config.json, metrics.jsonl and pictures into --out. The same command continues
+a run that was cut off.
 
-Letters:  B views in the batch (all first views of the images, then all second ones), k masks of a view, N patches, V visible,
-          D width of the encoder, d of the decoder, K clusters.
+Read `training_step` first. It is the method; what it calls stands in mae.py, pseudo_labels.py and
+teachers.py.
+
+Letters:  B views in the batch (all first views of the images, then all second ones), k masks of a
+          view, N patches, V visible ones, D width of the encoder, P numbers in a patch, K clusters.
 """
 
 import dataclasses
 import json
 import math
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from contextlib import nullcontext
@@ -25,170 +31,361 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import append_json, continue_from, read_json_lines, save_checkpoint, truncate_log, write_atomically
-from data import SETS, Batches, generator, held_out, load_images, mean_std, read
-from eval import monitor, subset
-from extras.command_line import UsageError, config_from_flags, make_folder, option, run_main, size, start_device
-from extras.log import averages, line, signs_of_collapse
-from extras.pictures import assign, clusters, curves, reconstruct, reconstructions
-from mae import SIZES, count_visible, pair
-from pseudo_labels import BALANCING, Student, class_token_loss, count_labels, data_token_loss, koleo, make_labels, me_max
-from teachers import STANDARDISE, between_images, ema_update, half_life, make_teacher, momentum, standardise
+from checkpoint import continue_from, networks_and_optimizer, save_checkpoint
+from data import SETS, Batches, Images, generator, held_out, load_images, mean_std
+from eval import assign, kept_network, monitor, reconstruct, standardised, subset
+from mae import SIZES, count_visible, masked_mse, pair, pixel_target
+from pseudo_labels import (
+    BALANCING,
+    Student,
+    count_labels,
+    health,
+    image_label_loss,
+    koleo,
+    make_labels,
+    me_max,
+    patch_label_loss,
+    swap_views,
+)
+from teachers import (
+    STANDARDISE,
+    Teachers,
+    between_images,
+    half_life,
+    make_teachers,
+    momentum,
+    standardise,
+)
+from utils.command_line import (
+    UsageError,
+    check_ranges,
+    given_flags,
+    make_folder,
+    option,
+    run_main,
+    size,
+)
+from utils.devices import choose_device, choose_precision, start_processes
+from utils.files import append_json, read_json_lines, truncate_log, write_atomically
+from utils.log import line, signs_of_collapse
+from utils.pictures import clusters, curves, reconstructions, to_pictures
+from utils.ranks import alone, over_ranks, world_size
 
-# A recipe is a row of settings; a flag given on the command line goes before it. `pl-mae` is the defaults of Config.
+# ------------------------------------------------------------------------------------- the step
+
+def training_step(student, teachers, views, config):
+    """One micro-batch -> loss, terms, labels, targets. Backward, optimiser and EMA are the loop's.
+
+    student    the networks that learn; may be wrapped (DistributedDataParallel) or compiled
+    teachers   .labelling, .reconstruction: None if absent; one object in both roles is one teacher
+    views      .student, .teacher (B C H W): the same crops and flips; .noise ((k B) N): the masks
+
+    loss: a number with gradient; terms: its parts by name; labels: pseudo labels {"image": B K,
+    "patch": B N K}; targets: {"rec": B N P, "consistency": (k B) N P}; each as far as it is
+    used."""
+    labels, targets = {}, {}
+    with torch.no_grad():
+        # 1  The labelling teacher sees whole views and makes pseudo labels.
+        if teachers.labelling is not None:
+            tokens = teachers.labelling.encode(views.teacher)                        # B 1+N D
+            labels = make_labels(teachers.labelling, tokens, config)
+        if "image" in labels:                              # crop 1 predicts the label of crop 2
+            labels["image"] = swap_views(labels["image"], config.views)
+
+        # 2  What the decoder predicts: the reconstruction teacher's tokens, or pixels of the
+        #    student's own view.
+        if config.target == "tokens":
+            if teachers.reconstruction is not teachers.labelling:
+                tokens = teachers.reconstruction.encode(views.teacher)               # B 1+N D
+            targets["rec"] = standardise(tokens[:, 1:], config.standardise)          # B N D
+        elif config.target == "pixels":
+            targets["rec"] = pixel_target(
+                views.student, config.patch_size, config.norm_pix_loss)              # B N P
+        if config.consistency_weight:                      # RC-MAE: the same view, the same masks
+            targets["consistency"] = teachers.reconstruction(
+                views.student, config.mask_ratio, views.noise)                       # (k B) N P
+
+    # 3  The student sees the visible patches.
+    predicted = student(views.student, config.mask_ratio, views.noise)
+
+    # 4  What it predicted, against what it should have predicted.
+    terms = losses(predicted, labels, targets, config)
+    term = defaultdict(float, terms)                       # a term that is not in use is 0
+    loss = (config.rec_weight * term["rec"]
+            + config.consistency_weight * term["consistency"]
+            + config.image_weight * (term["image"] + term["image_me_max"])
+            + config.koleo_weight * term["koleo"]
+            + config.patch_weight * (term["patch"] + term["patch_me_max"]))
+    return loss, terms, labels, targets
+
+
+def losses(predicted, labels, targets, config):
+    """What the student predicted, and what it should have predicted -> terms {name: number}.
+
+    In full precision also where the networks compute in bf16."""
+    mask, temperature, terms = predicted["mask"], config.student_temperature, {}
+    with torch.autocast(mask.device.type, enabled=False):
+        if "rec" in targets:
+            terms["rec"] = masked_mse(predicted["pred"], per_mask(targets["rec"], config), mask)
+        if "consistency" in targets:
+            terms["consistency"] = masked_mse(predicted["pred"], targets["consistency"], mask)
+        if "image" in labels:
+            terms["image"] = image_label_loss(
+                predicted["image"], per_mask(labels["image"], config), temperature)
+        if "image" in labels and config.koleo_weight:
+            terms["koleo"] = koleo(predicted["unit"], len(labels["image"]) // config.views)
+        if "patch" in labels:
+            terms["patch"] = patch_label_loss(
+                predicted["patch"], per_mask(labels["patch"], config), mask,
+                config.labelled_patches, temperature)
+        if config.balancing == "me-max":                   # as heavy as the labels it keeps apart
+            for name in labels:
+                terms[f"{name}_me_max"] = me_max(predicted[name], temperature)
+    return terms
+
+
+def per_mask(x, config):
+    """B ... -> (k B) ...: all masks of a view have the same target."""
+    return x.repeat(config.masks, *[1] * (x.ndim - 1)) if config.masks > 1 else x
+
+
+# ------------------------------------------------------------------------------------ the settings
+#
+# Four rows make a run, the later one wins: the defaults of Config, which are for photographs; the
+# row of the data set; the row of the recipe; the command line. `resolve` puts them together.
+
+DATA_ROWS = {
+    "shapes": dict(epochs=12, batch_size=64, mask_ratio=0.5, colours=5.0, image_clusters=32,
+                   teacher_temperature=0.0125),
+}
 RECIPES = {
-    "mae": dict(target="pixels", class_weight=0.0, data_weight=0.0, views=1, colours=0.0, mask_ratio=0.75),
-    "rc-mae": dict(target="pixels", class_weight=0.0, data_weight=0.0, views=1, colours=0.0, mask_ratio=0.75,
-                   consistency_weight=1.0, reconstruction_half_life="173:inf"),
-    "mim-cluster": dict(target="pixels", teachers=1, labelling_half_life="0.01"),
-    "pl-mae-one-teacher": dict(teachers=1, labelling_half_life="0.01"),
+    "mae": dict(target="pixels", image_weight=0.0, patch_weight=0.0, views=1, colours=0.0,
+                mask_ratio=0.75),
+    "rc-mae": dict(target="pixels", image_weight=0.0, patch_weight=0.0, views=1, colours=0.0,
+                   mask_ratio=0.75, consistency_weight=1.0, reconstruction_half_life="173:inf"),
+    "mim-cluster": dict(target="pixels", teachers=1, labelling_half_life="1%"),
+    "image-labels": dict(target="none", patch_weight=0.0),
+    "pl-mae-one-teacher": dict(teachers=1, labelling_half_life="1%"),
     "pl-mae": dict(),
 }
+POSITIVE = (0, math.inf)
+COUNT = (1, math.inf)
 
 
 @dataclass
 class Config:
-    """Everything that decides a run. Kept in config.json and in the checkpoint; each field is a flag."""
+    """Everything that decides a run. Kept in config.json and the checkpoint; each field is a
+    flag."""
     recipe: str = option("pl-mae", "row of settings, which flags override", choices=list(RECIPES))
     model: str = option("micro", "size of the encoder and its decoder", choices=list(SIZES))
     data: str = option("shapes", "data set", choices=list(SETS))
-    data_root: str = option("data", "folder of the data set; what can be downloaded is downloaded to it")
-    out: str = option(None, "folder of the run (default: runs/RECIPE-DATA-MODEL; of an imagefolder its name)")
-    epochs: int = option(12, "passes over the training images; 0 writes the untrained network", range=(0, math.inf))
-    batch_size: int = option(64, "images per optimiser step, of all processes and micro-batches together", range=(1, math.inf))
-    img_size: int = option(None, "N or HxW; other images are cropped to the centre and resized (default: the data set's)", size)
-    patch_size: int = option(None, "N or HxW, dividing the image (default: one that suits the data set)", size)
+    data_root: str = option(
+        "data", "folder of the data set; what can be downloaded is downloaded to it")
+    out: str = option(
+        None, "folder of the run (default: runs/RECIPE-DATA-MODEL; of an imagefolder its name)")
+    epochs: int = option(
+        20, "passes over the training images; 0 writes the untrained network", range=POSITIVE)
+    batch_size: int = option(
+        128, "images per optimiser step, of all processes and micro-batches together", range=COUNT)
+    img_size: int = option(
+        None, "N or HxW; other images are cropped to the centre and resized (default: the data "
+        "set's)", size)
+    patch_size: int = option(
+        None, "N or HxW, dividing the image (default: one that suits the data set)", size)
     # the views
-    views: int = option(2, "views (crops) of an image: with 2, the class token predicts the label of the other one", choices=[1, 2])
-    masks: int = option(1, "masks of a view: more students for one pass of the teachers (data2vec 2.0)", range=(1, 64))
-    mask_ratio: float = option(0.5, "share of the patches that is hidden (MAE 0.75)")
-    crop: float = option(0.35, "smallest area of a random crop, as a share of the image; 1 does not crop (MAE: 0.2)", range=(1e-3, 1))
-    colours: float = option(5.0, "changes of brightness, contrast, saturation, hue: 0 none (MAE), 1 MC-SSL's, 5 any hue", range=(0, 5))
+    views: int = option(
+        2, "views (crops) of an image: with 2, each predicts the image pseudo label of the other",
+        choices=[1, 2])
+    masks: int = option(
+        1, "masks of a view: more students for one pass of the teachers (data2vec 2.0)",
+        range=(1, 64))
+    mask_ratio: float = option(0.75, "share of the patches that is hidden (MAE)")
+    crop: float = option(
+        0.35, "smallest area of a random crop, as a share of the image; 1 does not crop (MAE: 0.2)",
+        range=(1e-3, 1))
+    colours: float = option(
+        1.0, "changes of brightness, contrast, saturation, hue: 0 none (MAE), 1 as in MC-SSL, 5 "
+        "any hue", range=(0, 5))
+    teacher_view: str = option(
+        "same", "what teachers see: the student's view, or the same crop in other colours",
+        choices=["same", "other-colours"])
     # the reconstruction
-    rec_weight: float = option(1.0, "weight of the reconstruction; 0 turns it off", range=(0, math.inf))
-    target: str = option("tokens", "what the decoder predicts: pixels, or the reconstruction teacher's tokens", choices=["pixels", "tokens"])
-    norm_pix_loss: bool = option(True, "predict pixels standardised within each patch, not plain ones (MAE)")
-    standardise: str = option("feature", "of token targets: within a token, or a feature over the batch, or that per position",
-                              choices=list(STANDARDISE))
-    consistency_weight: float = option(0.0, "weight of RC-MAE's term: predict the pixels that a teacher predicts", range=(0, math.inf))
+    target: str = option(
+        "tokens", "what the decoder predicts: the reconstruction teacher's tokens, pixels, or "
+        "none: no decoder", choices=["tokens", "pixels", "none"])
+    rec_weight: float = option(1.0, "weight of the reconstruction", range=POSITIVE)
+    norm_pix_loss: bool = option(
+        True, "predict pixels standardised within each patch, not plain ones (MAE)")
+    standardise: str = option(
+        "feature", "of token targets: within a token, or a feature over the batch, or that per "
+        "position", choices=list(STANDARDISE))
+    consistency_weight: float = option(
+        0.0, "weight of RC-MAE's term: predict the pixels that a teacher predicts", range=POSITIVE)
     # the pseudo labels
-    class_weight: float = option(1.0, "weight of the class token's labels; 0 turns them off", range=(0, math.inf))
-    class_clusters: int = option(32, "number of clusters (prototypes) of class tokens", range=(2, math.inf))
-    koleo_weight: float = option(0.5, "weight of KoLeo beside the class labels: keeps class tokens of different images apart", range=(0, math.inf))
-    data_weight: float = option(0.1, "weight of the data (patch) tokens' labels; 0 turns them off", range=(0, math.inf))
-    data_clusters: int = option(128, "number of clusters (prototypes) of data tokens", range=(2, math.inf))
-    data_labels: str = option("both", "which patches predict their labels", choices=["visible", "masked", "both"])
-    balancing: str = option("sinkhorn", "what keeps the labels from gathering in one cluster", choices=list(BALANCING))
-    student_temperature: float = option(0.1, "of the student's predictions (MC-SSL, iBOT)", range=(1e-3, math.inf))
-    teacher_temperature: float = option(0.0125, "of the labels; lower is more certain (SwAV 0.05, MSN 0.025)", range=(1e-3, math.inf))
+    image_weight: float = option(
+        1.0, "weight of the image pseudo labels (class token); 0 turns them off", range=POSITIVE)
+    image_clusters: int = option(
+        64, "clusters (prototypes) of image pseudo labels", range=(2, math.inf))
+    koleo_weight: float = option(
+        0.5, "weight of KoLeo beside the image pseudo labels: keeps class tokens of different "
+        "images apart", range=POSITIVE)
+    patch_weight: float = option(
+        0.1, "weight of the patch pseudo labels; 0 turns them off", range=POSITIVE)
+    patch_clusters: int = option(
+        128, "clusters (prototypes) of patch pseudo labels", range=(2, math.inf))
+    labelled_patches: str = option(
+        "both", "which patches predict their pseudo label", choices=["visible", "masked", "both"])
+    balancing: str = option(
+        "sinkhorn", "what keeps pseudo labels from gathering in one cluster",
+        choices=list(BALANCING))
+    student_temperature: float = option(
+        0.1, "of the student's predictions (MC-SSL, iBOT)", range=(1e-3, math.inf))
+    teacher_temperature: float = option(
+        0.05, "of the pseudo labels; lower is more certain (SwAV; MSN: 0.025)",
+        range=(1e-3, math.inf))
     # the teachers
-    teachers: int = option(2, "2: one for labels, one for token targets; 1: the labelling teacher does both", choices=[1, 2])
-    labelling_half_life: str = option("0.003", "of the labelling teacher: below 1 a share of the run, else steps; A:B changes", half_life)
-    reconstruction_half_life: str = option("0.03", "of the reconstruction teacher, likewise; without labels, of the only teacher", half_life)
+    teachers: int = option(
+        2, "2: one for pseudo labels, one for token targets; 1: the labelling teacher does both",
+        choices=[1, 2])
+    labelling_half_life: str = option(
+        "0.3%", "of the labelling teacher: 1% of the run, or 30 steps; A:B changes from A to B",
+        half_life)
+    reconstruction_half_life: str = option(
+        "3%", "of the reconstruction teacher, likewise; without labels, of the only teacher",
+        half_life)
     # the optimiser
-    lr: float = option(1e-3, "highest learning rate, for whatever batch (MAE at scale: 1.5e-4 x batch / 256)", range=(0, math.inf))
-    weight_decay: float = option(0.05, "of weight matrices; not of biases, norms, tokens, prototypes (MAE)", range=(0, math.inf))
-    warmup: float = option(0.05, "share of the run in which the learning rate rises linearly from 0; then a cosine to 0", range=(0, 1))
-    clip: float = option(3.0, "greatest norm of the gradient; 0 does not clip", range=(0, math.inf))
+    lr: float = option(
+        1e-3, "highest learning rate, for whatever batch (MAE at scale: 1.5e-4 x batch / 256)",
+        range=POSITIVE)
+    weight_decay: float = option(
+        0.05, "of weight matrices; not of biases, norms, tokens, prototypes (MAE)", range=POSITIVE)
+    warmup: float = option(
+        0.05, "share of the run in which the learning rate rises from 0; then a cosine to 0",
+        range=(0, 1))
+    clip: float = option(
+        3.0, "greatest norm of the gradient; 0 does not clip (not tuned)", range=POSITIVE)
     # the run
-    val_fraction: float = option(0.1, "share of the labelled training images kept out of training, for k-NN meanwhile", range=(0, 0.9))
-    eval_every: int = option(4, "epochs between k-NN, pictures and checkpoints", range=(1, math.inf))
-    log_every: int = option(50, "steps between lines of the log", range=(1, math.inf))
-    accumulate: int = option(1, "micro-batches a step is computed in, for batches larger than the memory", range=(1, math.inf))
+    val_fraction: float = option(
+        0.1, "share of the labelled training images kept out of training, for k-NN meanwhile",
+        range=(0, 0.9))
+    eval_every: int = option(4, "epochs between k-NN, pictures and checkpoints", range=COUNT)
+    log_every: int = option(50, "steps between lines of the log", range=COUNT)
+    accumulate: int = option(
+        1, "micro-batches a step is computed in, for batches larger than the memory", range=COUNT)
     seed: int = option(0, "of weights, order, crops, colours and masks", range=(0, 2**63 - 1))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    precision: str = option("auto", "auto: bf16 autocast on GPUs, else fp32", choices=["auto", "bf16", "fp32", "fp64"])
-    compile: str = option("auto", "torch.compile; auto: on GPUs", choices=["auto", "on", "off"])
-    workers: int = option(4, "processes that decode images, where the data set streams from the disk", range=(0, math.inf))
-    resident_gb: float = option(4.0, "a data set up to this size (decoded) is kept on the device; larger ones stream", range=(0, math.inf))
+    precision: str = option(
+        "auto", "auto: bf16 autocast on GPUs, else fp32", choices=["auto", "bf16", "fp32", "fp64"])
+    compile: bool = option(False, "compile the networks (torch.compile); not yet tried on a GPU")
+    workers: int = option(
+        4, "processes that decode images, where the data set streams from the disk", range=POSITIVE)
+    resident_gb: float = option(
+        4.0, "a data set up to this size is kept in memory, shrunk to --img-size before it is "
+        "cropped; larger ones stream, cropped from the files at full size", range=POSITIVE)
 
 
-FREE = {"data_root", "out", "eval_every", "log_every", "device", "workers", "compile"}   # may change when a run continues
+# These may change when a run continues.
+FREE = {"data_root", "out", "eval_every", "log_every", "device", "workers", "compile"}
 
 
-# --------------------------------------------------------------------------------------------------------------- one step
-
-def labelling_teacher_step(teacher, imgs, centres, config):
-    """Whole views B C H W -> tokens u B 1+N D and labels {"class": B K, "data": B N K}.
-
-    A class token is given the label of the *other* view of its image: what two crops share is their content. A patch is given
-    its own, as other crops have no such patch."""
-    u = teacher.encode(imgs)
-    labels = make_labels(teacher, u, config.balancing, config.teacher_temperature, centres)
-    if "class" in labels and config.views == 2:
-        labels["class"] = labels["class"].roll(len(imgs) // 2, dims=0)
-    return u, labels
-
-
-def reconstruction_teacher_step(teacher, student, u, imgs, noise, config):
-    """Targets {"rec": B N P, "consistency": k B N P} of those that have a weight. teacher None: u, the labelling teacher's
-    tokens, serve as well."""
-    targets = {}
-    if config.rec_weight and config.target == "tokens":
-        r = u if teacher is None else teacher.encode(imgs)                                              # B 1+N D
-        targets["rec"] = standardise(r[:, 1:], config.standardise)
-        targets["rec_constant"], _ = between_images(targets["rec"])
-        _, targets["rec_between"] = between_images(r[:, 1:])
-    elif config.rec_weight:
-        targets["rec"] = student.pixel_target(imgs)
-    if config.consistency_weight:                          # RC-MAE's teacher sees what the student sees: the same masks
-        targets["consistency"] = teacher(imgs, config.mask_ratio, noise)["pred"]
-    return targets
-
-
-def losses(out, labels, targets, config):
-    """What the student put out, and what it should have put out -> each term, and their weighted sum as "loss"."""
-    k, t = config.masks, config.student_temperature
-    masks = lambda x: x.repeat(k, *[1] * (x.ndim - 1)) if k > 1 else x         # all masks of a view have its target
-    terms = {}
-    if config.rec_weight:
-        terms["rec"] = Student.forward_loss(out["pred"], masks(targets["rec"]), out["mask"])
-    if config.consistency_weight:
-        terms["consistency"] = Student.forward_loss(out["pred"], targets["consistency"], out["mask"])
-    if config.class_weight:
-        terms["class"] = class_token_loss(out["class"], masks(labels["class"]), t)
-    if config.class_weight and config.koleo_weight:
-        terms["koleo"] = koleo(out["unit"], len(labels["class"]) // config.views)
-    if config.data_weight:
-        terms["data"] = data_token_loss(out["data"], masks(labels["data"]), out["mask"], config.data_labels, t)
-    loss = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
-    if config.balancing == "me-max":                       # as heavy as the labels that it keeps apart; over all patches
-        for name in labels:
-            terms[f"{name}_me_max"] = me_max(out[name], t)
-            loss = loss + getattr(config, f"{name}_weight") * terms[f"{name}_me_max"]
-    return dict(terms, loss=loss)
-
-
-# ---------------------------------------------------------------------------------------------------------- the settings
-
-def parse(argv=None):
-    """The command line -> Config with nothing left open but "auto". Raises UsageError for what can never be."""
-    config = config_from_flags(Config, RECIPES, argv, __doc__.split("\n\n")[0])
-    source = Path(config.data_root).resolve().name if config.data == "imagefolder" else config.data
-    config.out = config.out or f"runs/{config.recipe}-{source}-{config.model}"
-    config.img_size, config.patch_size = config.img_size or SETS[config.data][0], config.patch_size or SETS[config.data][1]
-
-    (H, W), (h, w) = pair(config.img_size), pair(config.patch_size)
-    if H % h or W % w:
-        fits = [n for n in range(1, min(H, W) + 1) if H % n == 0 and W % n == 0]
-        raise UsageError(f"--patch-size {config.patch_size} does not divide --img-size {config.img_size}; "
-                         f"these do: {', '.join(map(str, fits))}")
-    N = (H // h) * (W // w)
-    if not 0 < config.mask_ratio < 1 or not 0 < count_visible(N, config.mask_ratio) < N:
-        raise UsageError(f"--mask-ratio {config.mask_ratio}: choose it between 0 and 1 so that of {N} patches one stays and one is hidden")
-    if not any((config.rec_weight, config.class_weight, config.data_weight, config.consistency_weight)):
-        raise UsageError("--rec-weight, --class-weight, --data-weight: all are 0, so there is nothing to learn; raise one")
-    if config.consistency_weight and config.target == "tokens":
-        raise UsageError("--consistency-weight: compares predicted pixels; use --target pixels")
-    if config.recipe == "pl-mae-one-teacher" and config.reconstruction_half_life != Config.reconstruction_half_life:
-        raise UsageError("--reconstruction-half-life: one teacher goes at the pace of its labels; use --labelling-half-life")
-    views = config.batch_size // config.accumulate * config.views
-    for name, samples in (("class", views), ("data", views * N)):
-        K = getattr(config, f"{name}_clusters")
-        if getattr(config, f"{name}_weight") and K > samples > 0:
-            raise UsageError(f"--{name}-clusters {K}: more than the {samples} samples of a micro-batch that are shared out among "
-                             f"them; use {max(2, samples // 4)} or less, or a larger --batch-size")
+def resolve(argv=None):
+    """The command line -> Config with nothing left open but "auto". Raises UsageError."""
+    given = given_flags(Config, argv, __doc__.split("\n\n")[0],
+                        "Several GPUs: torchrun --nproc-per-node N train.py ...")
+    data = given.get("data", Config.data)
+    recipe = given.get("recipe", Config.recipe)
+    config = Config(**(DATA_ROWS.get(data, {}) | RECIPES[recipe] | given))
+    config.img_size = config.img_size or SETS[data].size
+    config.patch_size = config.patch_size or SETS[data].patch
+    if config.out is None:
+        source = Path(config.data_root).resolve().name if data == "imagefolder" else data
+        config.out = f"runs/{recipe}-{source}-{config.model}"
+    check(config)
+    if recipe == "pl-mae-one-teacher" and "reconstruction_half_life" in given:
+        raise UsageError("--reconstruction-half-life: one teacher goes at the pace of its labels; "
+                         "use --labelling-half-life")
     return config
+
+
+def check(config):
+    """Raises UsageError for settings that can never be."""
+    check_ranges(config)
+    (H, W), (ph, pw) = pair(config.img_size), pair(config.patch_size)
+    if H % ph or W % pw:
+        fits = [str(n) for n in range(1, min(H, W) + 1) if H % n == 0 and W % n == 0]
+        raise UsageError(f"--patch-size {config.patch_size} does not divide --img-size "
+                         f"{config.img_size}; these do: {', '.join(fits)}")
+    N = (H // ph) * (W // pw)
+    if not 0 < config.mask_ratio < 1 or not 0 < count_visible(N, config.mask_ratio) < N:
+        raise UsageError(f"--mask-ratio {config.mask_ratio}: choose it between 0 and 1 so that of "
+                         f"{N} patches one stays and one is hidden")
+    numbers = SETS[config.data].channels * ph * pw         # in a patch
+    if config.target == "pixels" and config.norm_pix_loss and numbers == 1:
+        raise UsageError("--patch-size 1: a patch of one number cannot be standardised; use "
+                         "--no-norm-pix-loss")
+    if config.target == "none" and config.patch_weight:
+        raise UsageError("--target none: leaves out the decoder, which predicts the pseudo labels "
+                         "of masked patches; use --patch-weight 0 with it")
+    rec_weight = 0 if config.target == "none" else config.rec_weight
+    if not (rec_weight or config.image_weight or config.patch_weight or config.consistency_weight):
+        raise UsageError("--rec-weight, --image-weight, --patch-weight: all are 0, so there is "
+                         "nothing to learn; raise one")
+    if config.consistency_weight and config.target != "pixels":
+        raise UsageError("--consistency-weight: compares predicted pixels; use --target pixels")
+    for name, samples, K in samples_and_clusters(config):
+        if K > samples > 0:
+            raise UsageError(
+                f"--{name}-clusters {K}: more than the {samples} samples of a micro-batch that are "
+                f"shared out among them; use {max(2, samples // 4)} or less, or a larger "
+                "--batch-size")
+
+
+def samples_and_clusters(config):
+    """("image" or "patch", samples of one balancing call, clusters) of the pseudo labels in use."""
+    (H, W), (ph, pw) = pair(config.img_size), pair(config.patch_size)
+    views = config.batch_size // config.accumulate * config.views
+    rows = []
+    if config.image_weight:
+        rows.append(("image", views, config.image_clusters))
+    if config.patch_weight:
+        rows.append(("patch", views * (H // ph) * (W // pw), config.patch_clusters))
+    return rows
+
+
+def describe(config):
+    """All settings, as lines of at most 100 columns."""
+    values = [f"{name}={value}" for name, value in dataclasses.asdict(config).items()]
+    return textwrap.fill("  ".join(values), 100, initial_indent="  ", subsequent_indent="  ",
+                         break_long_words=False, break_on_hyphens=False)
+
+
+# --------------------------------------------------------------------- networks and optimiser
+
+def architecture(config, channels):
+    """The arguments of `Student`: plain numbers, kept in the checkpoint."""
+    target_dim = {"pixels": None, "tokens": SIZES[config.model]["embed_dim"], "none": 0}
+    return dict(SIZES[config.model], img_size=config.img_size, patch_size=config.patch_size,
+                in_chans=channels, mlp_ratio=4.0, norm_pix_loss=config.norm_pix_loss,
+                target_dim=target_dim[config.target],
+                image_clusters=config.image_clusters if config.image_weight else 0,
+                patch_clusters=config.patch_clusters if config.patch_weight else 0)
+
+
+def build(config, channels, device, dtype):
+    """Student and teachers on the device; the weights depend on the seed alone."""
+    torch.manual_seed(config.seed)
+    student = Student(**architecture(config, channels)).to(device, dtype)
+    return student, make_teachers(student, config)
+
+
+def parameter_groups(network, weight_decay):
+    """Weight decay on matrices only: the scale of a bias, a norm, a token or a prototype means
+    something."""
+    matrices, others = [], []
+    for name, p in network.named_parameters():
+        if p.requires_grad:
+            (matrices if name.endswith(".weight") and p.ndim >= 2 else others).append(p)
+    return [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
 
 
 def learning_rate(step, total, config):
@@ -199,182 +396,299 @@ def learning_rate(step, total, config):
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
-def parameter_groups(model, weight_decay):
-    """Weight decay on matrices only: a bias, a norm, a class or mask token has a scale that means something."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decays = lambda name, p: name.endswith(".weight") and p.ndim >= 2
-    return [dict(params=[p for n, p in named if decays(n, p) == yes], weight_decay=weight_decay * yes) for yes in (True, False)]
+# ---------------------------------------------------------------------------------------- the run
 
+@dataclass
+class Run:
+    """What a run consists of, and how far it is."""
+    config: Config
+    images: Images
+    train_ids: torch.Tensor                                # of the images to train on
+    val_ids: torch.Tensor                                  # of those held out
+    mean: list                                             # of each channel, in units of 0..1
+    std: list
+    student: Student
+    teachers: Teachers
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    rank: int
+    steps_per_epoch: int
+    start: int = 0                                         # the first step to do
 
-# --------------------------------------------------------------------------------------------------------------- the run
+    @property
+    def total(self):
+        return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def out(self):
+        return Path(self.config.out)
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
 
 def main(argv=None):
-    config = parse(argv)
-    rank, world, device, dtype, bf16 = start_device(config)
-    out, log = Path(config.out), Path(config.out) / "metrics.jsonl"
-    say = lambda text: print(text, file=sys.stderr, flush=True) if rank == 0 else None
-
-    # Data. Rank 0 goes first: what it downloads or draws, the others find.
-    if rank > 0:
-        distributed.barrier()
-    images = load_images(config.data, config.data_root, "train", config.img_size, None, config.resident_gb)
-    if rank == 0 and world > 1:
-        distributed.barrier()
-    train_ids, val_ids = held_out(images, config.val_fraction)
-    if config.batch_size > len(train_ids):
-        raise UsageError(f"--batch-size {config.batch_size}: there are {len(train_ids)} images to train on ({len(val_ids)} are "
-                         f"held out); use {len(train_ids)} or less")
-    if config.target == "pixels" and config.norm_pix_loss and images.channels * math.prod(pair(config.patch_size)) == 1:
-        raise UsageError("--patch-size 1: a patch of one number cannot be standardised; use --no-norm-pix-loss")
+    # Settings, device, data.
+    config = resolve(argv)
+    device = choose_device(config.device)
+    dtype, bf16 = choose_precision(config.precision, device)
+    rank, world = start_processes(device)
+    images, train_ids, val_ids = load_training_images(config, rank, world)
     mean, std = mean_std(images)
 
-    # Student, teachers, optimiser.
-    arch = dict(img_size=config.img_size, patch_size=config.patch_size, in_chans=images.channels, mlp_ratio=4.0,
-                norm_pix_loss=config.norm_pix_loss, **SIZES[config.model])
-    if config.target == "tokens":
-        arch["target_dim"] = arch["embed_dim"]
-    labelled = {name: getattr(config, f"{name}_clusters") for name in ("class", "data") if getattr(config, f"{name}_weight")}
-    arch |= {f"{name}_clusters": K for name, K in labelled.items()}
-    torch.manual_seed(config.seed)
-    model = Student(**arch).to(device, dtype)
-    teachers, decoder = {}, ("decoder_", "mask_token")
-    if labelled:
-        teachers["labelling"] = make_teacher(model, without=decoder)
-    if not labelled or config.teachers == 2 or config.consistency_weight:      # without a task, as in `mae`, it is only judged
-        teachers["reconstruction"] = make_teacher(model, ("class_head", "data_head") + (() if config.consistency_weight else decoder))
-    centres = {name: torch.zeros(K, device=device, dtype=dtype) for name, K in labelled.items()}
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), betas=(0.9, 0.95),
-                                  fused=device.type == "cuda")
-    batches = Batches(images, train_ids, mean, std, config.seed, config.batch_size, model.num_patches, config.views,
-                      config.masks, config.crop, config.colours, config.accumulate, rank, world, device, dtype, config.workers)
-    steps_per_epoch = batches.steps_per_epoch
-    total, eval_steps = config.epochs * steps_per_epoch, config.eval_every * steps_per_epoch
+    # Student, teachers, optimiser, batches.
+    student, teachers = build(config, images.channels, device, dtype)
+    optimizer = torch.optim.AdamW(parameter_groups(student, config.weight_decay),
+                                  betas=(0.9, 0.95), fused=device.type == "cuda")
+    batches = Batches(
+        images, train_ids, mean, std, seed=config.seed, batch=config.batch_size,
+        patches=student.mae.encoder.num_patches, views=config.views, masks=config.masks,
+        smallest=config.crop, colours=config.colours, teacher_view=config.teacher_view,
+        accumulate=config.accumulate, rank=rank, world=world, device=device, dtype=dtype,
+        workers=config.workers)
 
-    # A run that was cut off continues; another run's folder is left alone.
-    start, parts = 0, dict(model=model, optimizer=optimizer, **{f"{name}_teacher": t for name, t in teachers.items()})
-    saved = continue_from(out / "checkpoint.pt", dataclasses.asdict(config), FREE, mean, len(images))
-    if saved:
-        start = saved["step"]
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        for name, centre in centres.items():
-            centre.copy_(saved["centres"][name])
-    student, decode = model, bool(config.rec_weight or config.data_weight or config.consistency_weight)
-    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
-        model.compile()
-        for teacher in teachers.values():
-            teacher.encode = torch.compile(teacher.encode)
-    if world > 1:                                          # class labels alone leave the decoder idle
-        student = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                          find_unused_parameters=not config.rec_weight)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    judged = teachers["reconstruction"] if config.consistency_weight else model            # RC-MAE keeps its teacher
-
-    # What is looked at from time to time: always the same images under the same masks.
-    shown = subset(val_ids if len(val_ids) else train_ids, min(2000, max(200, 8 * labelled.get("class", 0))))
-    fixed = ((read(images, shown).to(device, dtype) / 255 - batches.mean) / batches.std)                # n C H W
-    fixed_noise = torch.rand(min(8, len(shown)), model.num_patches, generator=generator(config.seed, "picture")).to(device)
-
-    def look(step):
-        """k-NN, pictures, checkpoint. All ranks compute the pictures, as balancing and standardising are over all ranks."""
-        labels = assign(teachers["labelling"], config, centres, fixed) if labelled else {}
-        rows = reconstruct(model, teachers.get("reconstruction", teachers.get("labelling")), config, fixed[:8], fixed_noise,
-                           mean, std) if config.rec_weight else {}
-        if rank == 0:
-            found = monitor(judged, images, train_ids, val_ids, mean, std, device)
-            append_json(log, dict(step=step, epoch=step / steps_per_epoch, **found))
-            save_checkpoint(out / "checkpoint.pt", dict(
-                {name: part.state_dict() for name, part in parts.items()}, centres=centres, arch=arch, step=step,
-                config=dataclasses.asdict(config), mean=mean, std=std, images=len(images)))
-            curves(log, out / "curves.png")
-            if rows:
-                reconstructions(rows, out / "reconstructions.png")
-            if labels:
-                clusters(labels, fixed, model.grid, mean, std, out / "clusters.png")
-            if found and step:
-                say(f"   k-NN on held-out images: class token {found['knn_class']:.1%}, mean token {found['knn_mean']:.1%}")
-
-    if rank == 0:
-        make_folder(out, "--out")
-        write_atomically(out / "config.json", lambda file: file.write(json.dumps(
-            dict(dataclasses.asdict(config), mean=mean, std=std, channels=images.channels), indent=2).encode()))
-        truncate_log(log, start or -1)
-    for name, K in labelled.items():
-        samples = config.batch_size // config.accumulate * config.views * (model.num_patches if name == "data" else 1)
-        if K > samples / 4:
-            say(f"warning: --{name}-clusters {K} for {samples} samples of a micro-batch; use {samples // 4} or less, or a larger --batch-size")
-    say(f"{config.recipe}, {config.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters), "
-        f"{model.grid[0]} x {model.grid[1]} patches; {config.data}: {len(train_ids)} images to train on, {len(val_ids)} held out, "
-        f"{len(images.classes) or 'no'} classes{'' if images.classes else ' (subfolders of DIR/train are)'}; {device}, {world} process(es)")
-    say(f"{'continues: ' if 0 < start < total else 'finished already: ' if start else ''}steps {start} to {total}, into {out}")
-    if start == 0:
-        look(0)
+    # A run that was cut off continues; the folder of another run is left alone.
+    run = Run(config, images, train_ids, val_ids, mean, std, student, teachers, optimizer, device,
+              rank, batches.steps_per_epoch)
+    resume(run)
+    announce(run, world)
 
     # The loop.
-    stream = batches.run(start, total)
-    sums, waited, since, logged, warned, before = defaultdict(float), 0.0, time.perf_counter(), start, set(), set()
-    for step in range(start, total):
+    try:
+        if run.start == 0:
+            evaluate_and_save(run, 0)
+        train(run, batches, torch.autocast(device.type, torch.bfloat16, enabled=bf16))
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"--batch-size {config.batch_size}: too large for the memory of {device}; raise "
+            f"--accumulate (now {config.accumulate}), which computes a step in more and smaller "
+            "micro-batches, or lower --batch-size") from error
+    if world > 1:
+        distributed.barrier()
+        distributed.destroy_process_group()
+    report(run)
+
+
+def train(run, batches, autocast):
+    """The loop over optimiser steps."""
+    config, student, teachers, total = run.config, run.student, run.teachers, run.total
+    half_lives = {"labelling": config.labelling_half_life,
+                  "reconstruction": config.reconstruction_half_life}
+    called = prepare(run)                                  # the student as the step calls it
+    stream = batches.run(run.start, total)
+    meter, signs_before, warned = Meter(run.start), set(), set()
+    for step in range(run.start, total):
         lr = learning_rate(step, total, config)
-        for group in optimizer.param_groups:
+        for group in run.optimizer.param_groups:
             group["lr"] = lr
 
         for micro in range(config.accumulate):
             asked = time.perf_counter()
-            imgs, noise = next(stream)                                                                  # B C H W, k B N
-            waited += time.perf_counter() - asked
-            last = micro == config.accumulate - 1
-            with nullcontext() if last or world == 1 else student.no_sync():     # ranks exchange gradients once a step
+            views = next(stream)
+            meter.waited += time.perf_counter() - asked
+            last = micro == config.accumulate - 1          # ranks exchange gradients once a step
+            with nullcontext() if last or world_size() == 1 else called.no_sync():
                 with autocast:
-                    predicted = student(imgs, config.mask_ratio, noise, decode)
-                    with torch.no_grad():
-                        u, labels = labelling_teacher_step(teachers["labelling"], imgs, centres, config) if labelled else (None, {})
-                        targets = reconstruction_teacher_step(teachers.get("reconstruction"), model, u, imgs, noise, config)
-                    terms = losses(predicted, labels, targets, config)
-                (terms["loss"] / config.accumulate).backward()
-            counts = {f"{name}_counts": count_labels(q) for name, q in labels.items()}
-            for name, value in (terms | counts | {k: v for k, v in targets.items() if v.ndim == 0}).items():
-                sums[name] += value.detach() / config.accumulate
+                    loss, terms, labels, targets = training_step(called, teachers, views, config)
+                (loss / config.accumulate).backward()
+            meter.add(loss, terms, labels, config.accumulate)
 
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        momenta = {name: momentum(step, total, getattr(config, f"{name}_half_life")) for name in teachers}
-        for name, teacher in teachers.items():             # once per optimiser step, whatever --accumulate
-            ema_update(teacher, model, momenta[name])
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip or math.inf)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        momenta = {name: momentum(step, total, half_lives[name]) for name in teachers.named()}
+        teachers.follow(student, momenta)                  # once a step, whatever --accumulate
 
         done = step + 1
-        look_now = done == total or done % eval_steps == 0
-        if look_now or done % config.log_every == 0:       # only here does the host wait for the device
-            steps, seconds = done - logged, time.perf_counter() - since
-            record = dict(step=done, epoch=done / steps_per_epoch, **averages(sums, world * steps))
-            record |= dict({f"{name}_momentum": m for name, m in momenta.items()}, lr=lr, grad_norm=norm.item(),
-                           images_per_s=round(steps * config.batch_size / seconds, 1), data_wait=round(waited / seconds, 4),
-                           eta_s=round((total - done) * seconds / steps, 1))
+        look = done == total or done % (config.eval_every * run.steps_per_epoch) == 0
+        if look or done % config.log_every == 0:           # only here the host waits for the device
+            record = {"step": done, "epoch": done / run.steps_per_epoch}
+            record |= meter.averages(done) | describe_targets(targets, config)
+            record |= {f"{name}_momentum": m for name, m in momenta.items()}
+            record |= {"lr": lr, "grad_norm": norm.item()} | meter.speed(run, done)
             if not math.isfinite(record["loss"] + record["grad_norm"]):
-                sys.exit(f"train.py: the loss is {record['loss']}, the gradient {record['grad_norm']} at step {done}. The last "
-                         "checkpoint is intact; try a lower --lr, with another --out")
-            if rank == 0:
-                append_json(log, record)
-                say(line(record))
-                signs = signs_of_collapse(record) if done > total / 10 else set()
-                for sign in signs & before - warned:       # twice in a row
-                    say(f"   warning: {sign}")
-                    warned.add(sign)
-                before = signs
-            if look_now:
-                look(done)
-            sums.clear()
-            waited, since, logged = 0.0, time.perf_counter(), done
+                sys.exit(f"train.py: the loss is {record['loss']}, the gradient "
+                         f"{record['grad_norm']} at step {done}. The last checkpoint is intact; "
+                         "try a lower --lr, with another --out")
+            if run.rank == 0:
+                append_json(run.out / "metrics.jsonl", record)
+            run.say(line(record))
+            signs = signs_of_collapse(record) if done > total / 10 else set()
+            for sign in signs & signs_before - warned:     # twice in a row
+                run.say(f"   warning: {sign}")
+                warned.add(sign)
+            signs_before = signs
+            if look:
+                evaluate_and_save(run, done)
+            meter = Meter(done)
 
-    if world > 1:
+
+def prepare(run):
+    """The student as the step calls it: shared out over processes, and compiled with --compile.
+
+    What looks at the networks (k-NN, pictures, checkpoints) uses the plain modules."""
+    called = run.student
+    if world_size() > 1:
+        gpu = [run.device.index] if run.device.type == "cuda" else None
+        called = DistributedDataParallel(called, device_ids=gpu)
+    if run.config.compile:                                 # every step has the same shapes
+        called = torch.compile(called, dynamic=False)
+        for teacher in run.teachers.named().values():
+            teacher.encode = torch.compile(teacher.encode, dynamic=False)
+    return called
+
+
+class Meter:
+    """Sums of the numbers of the steps, on the device, and the time, since the last line of the
+    log."""
+
+    def __init__(self, step):
+        self.step, self.since, self.waited = step, time.perf_counter(), 0.0
+        self.sums, self.counts = defaultdict(float), defaultdict(float)
+
+    def add(self, loss, terms, labels, accumulate):
+        """Of one of the micro-batches of a step."""
+        for name, value in (terms | {"loss": loss}).items():
+            self.sums[name] += value.detach() / accumulate
+        for name, each in labels.items():
+            self.counts[name] += count_labels(each) / accumulate
+
+    def averages(self, done):
+        """Means over steps and ranks, as numbers; of pseudo labels ln K and their health."""
+        steps = (done - self.step) * world_size()
+        record = {name: over_ranks(total).item() / steps for name, total in self.sums.items()}
+        for name, total in self.counts.items():
+            record[f"{name}_ln_k"] = math.log(len(total) // 2)
+            for key, value in health(over_ranks(total) / steps).items():
+                record[f"{name}_{key}"] = value
+        return record
+
+    def speed(self, run, done):
+        """images/s, share of the time spent waiting for data, seconds to go, memory."""
+        steps, seconds = done - self.step, time.perf_counter() - self.since
+        found = {"images_per_s": round(steps * run.config.batch_size / seconds, 1),
+                 "data_wait": round(self.waited / seconds, 4),
+                 "eta_s": round((run.total - done) * seconds / steps, 1)}
+        if run.device.type == "cuda":                      # of this GPU, since the start
+            found["peak_memory_gb"] = round(torch.cuda.max_memory_allocated(run.device) / 1e9, 2)
+        return found
+
+
+def describe_targets(targets, config):
+    """What a prediction of the token targets would lose that does not look at the image, and how
+    much of their variance lies between images."""
+    if config.target != "tokens":
+        return {}
+    constant, share = between_images(targets["rec"])
+    return {"rec_constant": constant.item(), "rec_between": share.item()}
+
+
+# ------------------------------------------------------------------------- around the loop
+
+def load_training_images(config, rank, world):
+    """Images, ids to train on, ids held out. Raises UsageError for a batch that cannot be."""
+    if config.batch_size % (world * config.accumulate):
+        raise UsageError(f"--batch-size {config.batch_size}: must be a multiple of processes x "
+                         f"--accumulate, {world} x {config.accumulate}")
+    if rank > 0:                           # rank 0 goes first: what it downloads the others find
         distributed.barrier()
-        distributed.destroy_process_group()
-    tests = [r for r in read_json_lines(log) if "knn_mean" in r] if rank == 0 else []
+    images = load_images(config.data, config.data_root, "train", config.img_size, None,
+                         config.resident_gb)
+    if rank == 0 and world > 1:
+        distributed.barrier()
+    train_ids, val_ids = held_out(images, config.val_fraction)
+    if config.batch_size > len(train_ids):
+        raise UsageError(f"--batch-size {config.batch_size}: there are {len(train_ids)} images to "
+                         f"train on ({len(val_ids)} are held out); use {len(train_ids)} or less")
+    return images, train_ids, val_ids
+
+
+def resume(run):
+    """Load the checkpoint of a run that was cut off, and set `run.start`; make the folder."""
+    path, settings = run.out / "checkpoint.pt", dataclasses.asdict(run.config)
+    saved = continue_from(path, settings, FREE, run.mean, len(run.images))
+    if saved:
+        run.start = saved["step"]
+        for key, part in networks_and_optimizer(run.student, run.teachers, run.optimizer).items():
+            part.load_state_dict(saved[key])
+    if run.rank == 0:
+        make_folder(run.out, "--out")
+        content = dict(settings, mean=run.mean, std=run.std, channels=run.images.channels)
+        write_atomically(run.out / "config.json",
+                         lambda file: file.write(json.dumps(content, indent=2).encode()))
+        truncate_log(run.out / "metrics.jsonl", run.start or -1)
+
+
+def announce(run, world):
+    """What is about to happen, on the screen."""
+    config, encoder = run.config, run.student.mae.encoder
+    for name, samples, K in samples_and_clusters(config):
+        if K > samples / 4:
+            run.say(f"warning: --{name}-clusters {K} for {samples} samples of a micro-batch; use "
+                    f"{samples // 4} or less, or a larger --batch-size")
+    run.say(describe(config))
+    parameters = sum(p.numel() for p in run.student.parameters()) / 1e6
+    classes = len(run.images.classes)
+    run.say(f"{config.recipe}, {config.model} ({parameters:.1f} M parameters), "
+            f"{encoder.grid[0]} x {encoder.grid[1]} patches; {run.device}, {world} process(es)")
+    run.say(f"{config.data}: {len(run.train_ids)} images to train on, {len(run.val_ids)} held out; "
+            + (f"{classes} classes, for evaluation alone" if classes else
+               "no classes (subfolders of DIR/train are classes)") + f"; {run.images.kept}")
+    how = "continues: " if 0 < run.start < run.total else "finished already: " if run.start else ""
+    run.say(f"{how}steps {run.start} to {run.total}, into {run.out}")
+
+
+def evaluate_and_save(run, step):
+    """k-NN, checkpoint and pictures, by rank 0 alone; the others wait for it at the next step."""
+    if run.rank > 0:
+        return
+    config, encoder = run.config, run.student.mae.encoder
+    with alone():
+        found = monitor(kept_network(run.student, run.teachers, config), run.images, run.train_ids,
+                        run.val_ids, run.mean, run.std, run.device)
+        append_json(run.out / "metrics.jsonl",
+                    {"step": step, "epoch": step / run.steps_per_epoch} | found)
+        parts = networks_and_optimizer(run.student, run.teachers, run.optimizer)
+        save_checkpoint(run.out / "checkpoint.pt", dict(
+            {key: part.state_dict() for key, part in parts.items()},
+            arch=architecture(config, run.images.channels), step=step,
+            config=dataclasses.asdict(config), mean=run.mean, std=run.std, images=len(run.images)))
+
+        # Pictures: always of the same images, under the same masks.
+        ids = run.val_ids if len(run.val_ids) else run.train_ids
+        curves(read_json_lines(run.out / "metrics.jsonl"), run.out / "curves.png")
+        if config.target != "none":
+            noise = torch.rand(8, encoder.num_patches, generator=generator(config.seed, "picture"))
+            rows = reconstruct(run.student, run.teachers.reconstruction, config, run.images,
+                               subset(ids, 200), noise, run.mean, run.std, run.device)
+            reconstructions(rows, run.out / "reconstructions.png")
+        if run.teachers.labelling is not None:
+            ids = subset(ids, min(1000, max(200, 8 * config.image_clusters)))
+            labels = assign(run.teachers.labelling, config, run.images, ids, run.mean, run.std,
+                            run.device)
+            shown = {name: (each.cluster, each.cosine) for name, each in labels.items()}
+            pictures = to_pictures(standardised(run.images, ids, run.mean, run.std), run.mean,
+                                   run.std)
+            clusters(shown, pictures, encoder.grid, run.out / "clusters.png")
+    if found and step:
+        run.say(f"   k-NN on held-out images: class token {found['knn_class']:.1%}, mean token "
+                f"{found['knn_mean']:.1%}")
+
+
+def report(run):
+    """The last lines on the screen."""
+    path = run.out / "checkpoint.pt"
+    if run.rank > 0:
+        return
+    tests = [r for r in read_json_lines(run.out / "metrics.jsonl") if "knn_mean" in r]
     if tests:
-        say("k-NN on held-out images, before and after: " + ", ".join(
-            f"{token} token {tests[0]['knn_' + token]:.1%} and {tests[-1]['knn_' + token]:.1%}" for token in ("class", "mean")))
-    say(f"done: {out}/checkpoint.pt and its pictures"
-        + (f"; next: python eval.py linear --checkpoint {out}/checkpoint.pt" if images.classes else ""))
+        first, last = tests[0], tests[-1]
+        run.say("k-NN on held-out images, before and after: class token "
+                f"{first['knn_class']:.1%} and {last['knn_class']:.1%}, mean token "
+                f"{first['knn_mean']:.1%} and {last['knn_mean']:.1%}")
+    following = f"; next: python eval.py linear --checkpoint {path}" if run.images.classes else ""
+    run.say(f"done: {path} and its pictures{following}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ Writes notebooks/mae.pt and notebooks/pl-mae.pt: student, teachers and centres i
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train

@@ -1,21 +1,25 @@
-"""Every recipe, and every way to balance labels and to standardise targets, trained one after another: run by test_recipes.py
-in this process, and by torchrun in two.   python all_recipes.py OUT FLAG ..."""
+"""Every recipe, and every way to balance pseudo labels and to standardise targets, trained one after
+another: by test_step.py in its own process, and by torchrun in two.
+
+    python all_recipes.py OUT FLAG ..."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from torch import distributed
 
-import train
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-VARIANTS = {
-    **{recipe: ["--recipe", recipe] for recipe in train.RECIPES},
-    "class-labels": ["--rec-weight", "0", "--data-weight", "0"],
-    "centring": ["--balancing", "centring", "--standardise", "position", "--data-labels", "visible", "--views", "1"],
-    "me-max": ["--balancing", "me-max", "--standardise", "token", "--data-labels", "masked", "--masks", "2"],
-    "labels-and-consistency": ["--recipe", "mim-cluster", "--consistency-weight", "1", "--accumulate", "2"],
+import train  # noqa: E402
+
+VARIANTS = {recipe: ["--recipe", recipe] for recipe in train.RECIPES} | {
+    "centring": ["--balancing", "centring", "--standardise", "position", "--labelled-patches",
+                 "visible", "--views", "1"],
+    "me-max": ["--balancing", "me-max", "--standardise", "token", "--labelled-patches", "masked",
+               "--masks", "2"],
+    "labels-and-consistency": ["--recipe", "mim-cluster", "--consistency-weight", "1",
+                               "--accumulate", "2"],
+    "other-colours": ["--teacher-view", "other-colours", "--standardise", "none"],
 }
 
 
@@ -24,9 +28,23 @@ def main(out, *flags):
         train.main([*flags, *own, "--out", str(Path(out) / name)])
 
 
-if __name__ == "__main__":                                 # one process group for all runs: gloo cannot soon start another
+def in_two_processes(out, *flags):
+    """All of them in one process group, as gloo cannot soon start another one. No pictures: rank 0
+    alone draws these. `mae` computes each step in two micro-batches as well."""
+    for name in ("curves", "reconstructions", "clusters"):
+        setattr(train, name, lambda *args: None)
+    VARIANTS["mae"] += ["--accumulate", "2"]
     start, end = distributed.init_process_group, distributed.destroy_process_group
-    distributed.init_process_group = lambda *args, **kwargs: distributed.is_initialized() or start(*args, **kwargs)
+
+    def start_once(*args, **kwargs):
+        if not distributed.is_initialized():
+            start(*args, **kwargs)
+
+    distributed.init_process_group = start_once
     distributed.destroy_process_group = lambda: None
-    main(*sys.argv[1:])
+    main(out, *flags)
     end()
+
+
+if __name__ == "__main__":
+    in_two_processes(*sys.argv[1:])

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 import eval as evaluation
 import train
-from extras.command_line import UsageError
 from checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from utils.command_line import UsageError
 
 
 def blobs(n, seed=0, classes=3, dim=8):

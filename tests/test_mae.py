@@ -2,14 +2,22 @@ import argparse
 
 import pytest
 import torch
+from conftest import TOY
+from extras.weights import load_weights, read_encoder
 from PIL import Image
 from torch import nn
 
 import mae
-from conftest import TOY
-from extras.images import IMAGENET_MEAN, IMAGENET_STD
-from extras.weights import load_weights, read_encoder
-from mae import MaskedAutoencoder, VisionTransformer, load_encoder, patchify, random_masking, unpatchify
+from mae import (
+    MaskedAutoencoder,
+    VisionTransformer,
+    load_encoder,
+    patchify,
+    random_masking,
+    unpatchify,
+)
+from utils.images import IMAGENET_MEAN, IMAGENET_STD
+
 
 @pytest.mark.parametrize("channels, size, patch", [(1, (8, 8), 4), (3, (8, 12), 2), (4, (6, 12), (3, 4))])
 def test_patchify(channels, size, patch):

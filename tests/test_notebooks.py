@@ -2,10 +2,10 @@ import json
 
 import matplotlib
 import pytest
+from conftest import ROOT
 
 import train
 from checkpoint import load_checkpoint
-from conftest import ROOT
 
 
 @pytest.mark.parametrize("recipe, epochs", [("mae", 40), ("pl-mae", 20)])

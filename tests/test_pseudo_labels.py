@@ -3,11 +3,25 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
 from conftest import TOY
-from extras.log import signs_of_collapse
-from pseudo_labels import (CENTRE_MOMENTUM, Head, Student, balance, centring, class_token_loss, count_labels, data_token_loss, health, label_loss,
-                           koleo, me_max, plain_norm, sinkhorn)
+
+from pseudo_labels import (
+    CENTRE_MOMENTUM,
+    Head,
+    Student,
+    balance,
+    centring,
+    class_token_loss,
+    count_labels,
+    data_token_loss,
+    health,
+    koleo,
+    label_loss,
+    me_max,
+    plain_norm,
+    sinkhorn,
+)
+from utils.log import signs_of_collapse
 
 
 def naive_sinkhorn(scores, temperature, iterations):

@@ -2,8 +2,8 @@ import copy
 
 import pytest
 import torch
-
 from conftest import TOY
+
 from pseudo_labels import Student
 from teachers import between_images, ema_update, half_life, make_teacher, momentum, standardise
 

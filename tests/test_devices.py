@@ -1,0 +1,186 @@
+"""A GPU, played: on a machine without one, under FakeTensorMode.
+
+Fake tensors have shapes and devices, but no numbers. So mixing devices raises, and so does every
+read by the host (`.item()`, `if tensor:`), which on a GPU would make it wait in every step. What
+this cannot see: backward, autocast, and copies from pageable memory (`torch.tensor(list,
+device=...)`), which make the host wait as well.
+"""
+
+import all_recipes
+import pytest
+import torch
+from conftest import TOY
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import train
+from data import Batches, Images, draw
+from pseudo_labels import BALANCING, count_labels
+from utils import devices
+from utils.command_line import UsageError
+
+GPU = torch.device("cuda", 0)
+
+
+class PlayedGPU(FakeTensorMode):
+    def __deepcopy__(self, memo):                          # teachers are deep copies of the student
+        return self
+
+
+def step_on_a_played_gpu(*flags):
+    """Augmentation, both teachers, student, losses, counts of labels and the EMA: one step."""
+    config = train.resolve(["--img-size", "16", "--patch-size", "4", "--batch-size", "4",
+                            "--image-clusters", "4", "--patch-clusters", "7", *flags])
+    arch = train.architecture(config, 3) | TOY
+    if config.target == "tokens":
+        arch["target_dim"] = TOY["embed_dim"]
+    with PlayedGPU():
+        pixels = torch.zeros(4, 3, 20, 24, dtype=torch.uint8, device=GPU)
+        images = Images(torch.zeros(4), [], (16, 16), 3, pixels)
+        batches = Batches(images, torch.zeros(4), [0.5] * 3, [0.2] * 3, seed=0, batch=4, patches=16,
+                          views=config.views, masks=config.masks, smallest=config.crop,
+                          colours=config.colours, teacher_view=config.teacher_view, device=GPU)
+        numbers = {name: values.to(GPU)
+                   for name, values in draw(0, 0, 4, config.views, config.masks, 16).items()}
+        views = batches.augment(numbers, pixels[:, None])
+        with GPU:
+            student = train.Student(**arch)
+            teachers = train.make_teachers(student, config)
+        loss, terms, labels, targets = train.training_step(student, teachers, views, config)
+        meter = train.Meter(0)
+        meter.add(loss, terms, labels, 1)
+        teachers.follow(student, {"labelling": 0.9, "reconstruction": 0.99})
+    everything = [loss, *terms.values(), *labels.values(), *targets.values(), *meter.sums.values(),
+                  *meter.counts.values()]
+    assert all(x.device == GPU for x in everything) and everything
+    for teacher in teachers.named().values():
+        assert all(x.device == GPU for x in teacher.state_dict().values())
+    return labels
+
+
+@pytest.mark.parametrize("balancing", BALANCING)
+@pytest.mark.parametrize("name", train.RECIPES)
+def test_no_device_is_mixed_and_no_value_is_read(name, balancing):
+    step_on_a_played_gpu("--recipe", name, "--balancing", balancing)
+
+
+@pytest.mark.parametrize("name", all_recipes.VARIANTS.keys() - train.RECIPES.keys())
+def test_nor_in_any_other_variant(name):
+    step_on_a_played_gpu(*all_recipes.VARIANTS[name])
+
+
+def test_the_played_gpu_has_teeth(monkeypatch):
+    """It finds a value that is read, and a tensor that is on the CPU."""
+    def reads_a_value(labels):
+        assert labels.sum().item() > 0
+        return count_labels(labels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "count_labels", reads_a_value)
+        with pytest.raises(DataDependentOutputException):
+            step_on_a_played_gpu()
+
+    def mixes_devices(labels, views):
+        return labels + torch.zeros(labels.shape)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "swap_views", mixes_devices)
+        with pytest.raises(RuntimeError, match="device"):
+            step_on_a_played_gpu()
+
+
+# ---------------------------------------------------------------------------- which device is chosen
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with so many GPUs, the current one being number `current`; perhaps under torchrun."""
+    def make(gpus=0, current=0, local_rank=None, processes=1, mps=False):
+        chosen = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        zeros = torch.zeros
+        monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **kwargs: zeros(
+            *size, **kwargs) if torch.device(device).type == "mps" and mps else zeros(
+            *size, device=device, **kwargs))
+        for name, value in (("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", processes)):
+            if local_rank is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, str(value))
+        return chosen
+    return make
+
+
+@pytest.mark.parametrize("name, there, want", [
+    ("auto", dict(gpus=1), "cuda:0"),
+    ("cuda", dict(gpus=1), "cuda:0"),
+    ("auto", dict(gpus=4, current=2), "cuda:2"),
+    ("cuda:1", dict(gpus=2), "cuda:1"),
+    ("auto", dict(gpus=4, local_rank=3, processes=4), "cuda:3"),
+    ("cuda", dict(gpus=4, local_rank=0, processes=4), "cuda:0"),
+    ("auto", dict(mps=True), "mps"),
+    ("mps", dict(mps=True), "mps"),
+    ("auto", dict(gpus=1, mps=True), "cuda:0"),
+    ("auto", dict(), "cpu"),
+    ("cpu", dict(gpus=2), "cpu"),
+    ("cpu", dict(gpus=2, local_rank=1, processes=2), "cpu"),
+])
+def test_the_right_device_is_chosen(machine, name, there, want):
+    made_current = machine(**there)
+    device = devices.choose_device(name)
+    assert str(device) == want
+    assert made_current == ([device] if device.type == "cuda" else [])
+    assert device.type != "cuda" or device.index is not None     # `torch.cuda.set_device` needs it
+
+
+@pytest.mark.parametrize("name, there, words", [
+    ("cuda", dict(), "--device cuda: no GPU"),
+    ("cuda:2", dict(gpus=2), "there are 2 GPUs"),
+    ("cuda:1", dict(gpus=2, local_rank=0, processes=2), "use --device cuda"),
+    ("cuda", dict(gpus=2, local_rank=0, processes=3), "--nproc-per-node: use 2 or fewer"),
+    ("abacus", dict(), "--device abacus"),
+])
+def test_a_device_that_is_not_there_is_refused(machine, name, there, words):
+    machine(**there)
+    with pytest.raises(UsageError, match=words):
+        devices.choose_device(name)
+
+
+def test_the_device_is_chosen_before_processes_meet_and_tensors_are_made(monkeypatch):
+    """Otherwise each process of a torchrun would first take memory of the first GPU."""
+    order = []
+
+    def choose(name):
+        order.append("device")
+        return torch.device("cpu")
+
+    def start(device):
+        order.append("processes")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "choose_device", choose)
+    monkeypatch.setattr(train, "start_processes", start)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(["--recipe", "mae"])
+    assert order == ["device", "processes"]
+
+
+@pytest.mark.parametrize("name, device, bf16_there, want", [
+    ("auto", "cpu", True, (torch.float32, False)),
+    ("auto", "cuda:0", True, (torch.float32, True)),
+    ("auto", "cuda:0", False, (torch.float32, False)),
+    ("fp32", "cuda:0", True, (torch.float32, False)),
+    ("bf16", "cpu", False, (torch.float32, True)),
+    ("fp64", "cpu", False, (torch.float64, False)),
+])
+def test_precision(monkeypatch, name, device, bf16_there, want):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16_there)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
+    assert devices.choose_precision(name, torch.device(device)) == want
+
+
+def test_fp64_is_refused_on_mps():
+    with pytest.raises(UsageError, match="--precision fp64"):
+        devices.choose_precision("fp64", torch.device("mps"))

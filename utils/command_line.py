@@ -1,0 +1,106 @@
+"""What every command shares: errors of one line, and a command line made from a dataclass."""
+
+import argparse
+import dataclasses
+import math
+import os
+import sys
+from pathlib import Path
+
+
+class UsageError(ValueError):
+    """Something the user can mend: its text is one line that names the flag and the remedy.
+
+    Commands end with exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line, and flags are not abbreviated."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        sys.exit(fail(f"{message} ({self.prog} --help lists what there is)"))
+
+
+def fail(message):
+    """Print the one line; return the exit code of a usage error. Of several processes only the
+    first prints. A DataLoader worker hands its error on as a traceback: the last line says what it
+    is."""
+    line = str(message).strip().splitlines()[-1]
+    line = line.removeprefix(f"{UsageError.__module__}.{UsageError.__qualname__}: ")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+    return 2
+
+
+def run_main(main):
+    """Run a command. A UsageError is one line on stderr and exit code 2. Anything else is a bug,
+    and shows its traceback."""
+    try:
+        main()
+    except UsageError as error:
+        sys.exit(fail(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues a training run from its last checkpoint",
+              file=sys.stderr)
+        sys.exit(130)
+
+
+def make_folder(path, flag):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror
+        raise UsageError(f"{flag} {path}: cannot be made a folder ({reason})") from error
+
+
+# ------------------------------------------------------------------------ a dataclass as flags
+
+def option(default, help, type=None, choices=None, range=None):
+    """A field of a dataclass of settings. range: least and greatest value."""
+    metadata = {"help": help, "type": type, "choices": choices, "range": range}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag(name):
+    """The flag of a field: mask_ratio -> --mask-ratio."""
+    return "--" + name.replace("_", "-")
+
+
+def size(text):
+    """The type of --img-size and --patch-size: "32", or "48x64" for height and width."""
+    numbers = [int(n) if n.isdecimal() else 0 for n in text.split("x")]
+    if len(numbers) > 2 or min(numbers) < 1:
+        raise argparse.ArgumentTypeError("N or HxW, as in 64 or 48x64")
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def given_flags(Config, argv, description, epilog):
+    """The flags of a command line as {field: value}, only those that were given."""
+    parser = Parser(description=description, epilog=epilog)
+    for field in dataclasses.fields(Config):
+        meta = field.metadata
+        note = "" if field.default is None else f" (default: {field.default})"
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif meta["choices"]:
+            kind = {"type": meta["type"] or field.type, "choices": meta["choices"]}
+        else:
+            kind = {"type": meta["type"] or field.type, "metavar": "X"}
+        text = (meta["help"] + note).replace("%", "%%")    # argparse's way to write one %
+        parser.add_argument(flag(field.name), default=None, help=text, **kind)
+    return {name: value for name, value in vars(parser.parse_args(argv)).items()
+            if value is not None}
+
+
+def check_ranges(config):
+    """Raises UsageError for a number outside the range of its field."""
+    for field in dataclasses.fields(config):
+        if field.metadata["range"] is None:
+            continue
+        value, (low, high) = getattr(config, field.name), field.metadata["range"]
+        if math.isinf(value) or not low <= value <= high:       # not: also refuses nan
+            bounds = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+            raise UsageError(f"{flag(field.name)} {value}: must be {bounds}")

@@ -1,0 +1,68 @@
+"""Which device, how many processes, which precision."""
+
+import os
+from datetime import timedelta
+
+import torch
+from torch import distributed
+
+from utils.command_line import UsageError
+
+
+def choose_device(name):
+    """--device -> torch.device; "auto" is the first of cuda, mps, cpu that is there.
+
+    A GPU always gets its number (cuda:0, not cuda), as `torch.cuda.set_device` wants one. Under
+    torchrun each process of a machine takes the GPU of its own number, LOCAL_RANK. Call this before
+    any tensor is made: the device becomes the current one. Raises UsageError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else (
+            "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            return choose_gpu(name, device.index)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name}: not to be had here; --device cpu always is") from error
+    return device
+
+
+def choose_gpu(name, index):
+    if not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: no GPU is to be had here; use --device cpu")
+    local_rank, there = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
+    if local_rank is not None:
+        if index is not None and index != int(local_rank):
+            raise UsageError(f"--device {name}: torchrun gives each process a GPU of its own; use "
+                             "--device cuda")
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > there:
+            raise UsageError(f"--nproc-per-node: use {there} or fewer, as there are {there} GPUs")
+        index = int(local_rank)
+    if index is None:
+        index = torch.cuda.current_device()
+    if index >= there:
+        raise UsageError(f"--device {name}: there are {there} GPUs, and the first is cuda:0")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_processes(device):
+    """Join the other processes of a torchrun, if there are any -> rank, number of processes."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:                          # the long timeout: rank 0 may download while others wait
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(hours=2))
+    return rank, world
+
+
+def choose_precision(name, device):
+    """--precision -> dtype of the weights, and whether the networks compute in bf16 (autocast)."""
+    if name == "fp64" and device.type == "mps":
+        raise UsageError("--precision fp64: not to be had on mps; use --device cpu")
+    if device.type == "cuda":              # fp32 products on tensor cores, where these know TF32
+        torch.set_float32_matmul_precision("high")
+    bf16 = name == "bf16" or (name == "auto" and device.type == "cuda"
+                              and torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.float64 if name == "fp64" else torch.float32, bf16

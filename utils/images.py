@@ -1,0 +1,79 @@
+"""Image files as tensors of one size and number of channels."""
+
+import warnings
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+from utils.command_line import UsageError
+
+# What official weights were trained with.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Pillow warns of images over 89 megapixels and refuses twice that (`open_image` says so). Between
+# the two lie cameras of today: nothing to warn of.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def convert(image, channels, name="image"):
+    """A PIL image with 1 or 3 channels of 8 bits, turned upright.
+
+    Cameras store the picture as the sensor saw it and note in the EXIF orientation how it was
+    held. All images of training, evaluation and `image_transform` pass through here."""
+    if image.mode[0] in "IF":                  # Pillow would cut these off at 255
+        raise UsageError(f"{name} has more than 8 bits a channel; convert it to 8")
+    return ImageOps.exif_transpose(image).convert({1: "L", 3: "RGB"}[channels])
+
+
+def open_image(path, channels):
+    """An image file of --data-root, converted. Raises UsageError if it cannot be decoded."""
+    try:
+        return convert(Image.open(path), channels, f"--data-root: {path}")
+    except Image.DecompressionBombError as error:
+        raise UsageError(f"--data-root: {path} has more than {2 * Image.MAX_IMAGE_PIXELS:,} "
+                         "pixels; shrink or remove it") from error
+    except (UnidentifiedImageError, OSError) as error:
+        raise UsageError(f"--data-root: {path} cannot be decoded as an image ({error}); "
+                         "mend or remove it") from error
+
+
+def centre(image, size):
+    """The centre of a PIL image, as large as the shape of `size` (H, W) allows, resized to it."""
+    height, width = size
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+
+
+def decode(path, size, channels):
+    """An image file, its centre cropped to the shape of size and resized: C H W uint8."""
+    return TF.pil_to_tensor(centre(open_image(path, channels), size))
+
+
+def fit(pixels, size, channels):
+    """n C H W uint8 in another size (the centre, resized) or number of channels (grey, colour)."""
+    if channels == 1 and pixels.shape[1] == 3:
+        pixels = TF.rgb_to_grayscale(pixels)
+    H, W = pixels.shape[2:]
+    if (H, W) != size:
+        scale = max(size[0] / H, size[1] / W)
+        inner = [min(H, round(size[0] / scale)), min(W, round(size[1] / scale))]
+        pixels = TF.center_crop(pixels, inner)
+        pixels = TF.resize(pixels, size, interpolation=TF.InterpolationMode.BICUBIC)
+    return pixels.expand(-1, channels, -1, -1)
+
+
+def image_transform(size, channels, mean, std):
+    """PIL image -> C H W as an encoder of this size, mean and std wants it.
+
+    The same as `decode`, then standardised."""
+    def prepare(image):
+        return centre(convert(image, channels), size)
+
+    return v2.Compose([
+        prepare,
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(mean, std),
+    ])

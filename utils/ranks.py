@@ -1,0 +1,62 @@
+"""Numbers of all processes of a torchrun. A *rank* is the number of a process; with one process
+everything here leaves its argument as it is.
+
+The batch of a step is shared out: each rank computes an equal part of it. What is a statistic of
+the whole batch (the sum of a cluster, the mean of a feature) has to be summed up over ranks, so
+that a run on eight GPUs is the same run as on one. """
+
+from contextlib import contextmanager
+
+import torch
+from torch import distributed
+
+_alone = False
+
+
+@contextmanager
+def alone():
+    """Inside, this process works by itself, as if there were no other: nothing is exchanged.
+
+    Rank 0 looks at pictures and k-NN like this, while the others wait for it at the next step."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def world_size():
+    """The number of processes that work together."""
+    return distributed.get_world_size() if distributed.is_initialized() and not _alone else 1
+
+
+def over_ranks(x, operation="SUM"):
+    """x summed over ranks, or with "MAX" its greatest, the same on each of them. No gradient."""
+    if world_size() == 1:
+        return x
+    x = x.detach().clone()
+    distributed.all_reduce(x, getattr(distributed.ReduceOp, operation))
+    return x
+
+
+def mean_over_ranks(x):
+    """The mean of x over ranks. Each has an equal part of the batch, so a mean of means is the
+    mean.
+
+    Where x carries gradient, the gradient of the mean is handed to x undivided:
+    DistributedDataParallel averages gradients over ranks later, and that is the division."""
+    if world_size() == 1:
+        return x
+    return x + (over_ranks(x) / world_size() - x.detach())
+
+
+def gather_over_ranks(x):
+    """x of all ranks, one after the other along the first dimension, and the number of this rank.
+
+    No gradient. All ranks hand in the same shape."""
+    if world_size() == 1:
+        return x.detach(), 0
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    distributed.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts), distributed.get_rank()
