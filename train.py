@@ -23,7 +23,7 @@ import sys
 import textwrap
 import time
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -455,15 +455,10 @@ def main(argv=None):
     announce(run, world)
 
     # The loop.
-    try:
+    with memory_errors_in_one_line(config, device):
         if run.start == 0:
             evaluate_and_save(run, 0)
         train(run, batches, torch.autocast(device.type, torch.bfloat16, enabled=bf16))
-    except torch.OutOfMemoryError as error:
-        raise UsageError(
-            f"--batch-size {config.batch_size}: too large for the memory of {device}; raise "
-            f"--accumulate (now {config.accumulate}), which computes a step in more and smaller "
-            "micro-batches, or lower --batch-size") from error
     if world > 1:
         distributed.barrier()
         distributed.destroy_process_group()
@@ -602,6 +597,20 @@ def load_training_images(config, rank, world):
         raise UsageError(f"--batch-size {config.batch_size}: there are {len(train_ids)} images to "
                          f"train on ({len(val_ids)} are held out); use {len(train_ids)} or less")
     return images, train_ids, val_ids
+
+
+@contextmanager
+def memory_errors_in_one_line(config, device):
+    """The words for it: CUDA's and MPS's, and the CPU's."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        raise UsageError(
+            f"--batch-size {config.batch_size}: too large for the memory of {device}; raise "
+            f"--accumulate (now {config.accumulate}), which computes a step in more and smaller "
+            "micro-batches, or lower --batch-size") from error
 
 
 def resume(run):

@@ -1,5 +1,5 @@
-"""Every recipe, and every way to balance pseudo labels and to standardise targets, trained one after
-another: by test_step.py in its own process, and by torchrun in two.
+"""Every recipe, and every way to balance pseudo labels and to standardise targets, trained one
+after another: by test_step.py in its own process, and by torchrun in two.
 
     python all_recipes.py OUT FLAG ..."""
 

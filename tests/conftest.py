@@ -10,7 +10,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)                   # on tiny tensors a second thread costs more than it brings
+torch.set_num_threads(1)                   # on tiny tensors a second thread costs more
 
 TOY = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=32, depth=2, num_heads=2,
            decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
@@ -38,8 +38,8 @@ def seed():
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """An image folder of 3 classes (hue of a gradient), 24 + 6 PNG files each, of various sizes from
-    16 pixels on."""
+    """An image folder of 3 classes (hue of a gradient), 24 + 6 PNG files each, of various sizes
+    from 16 pixels on."""
     root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for split, count in (("train", 24), ("test", 6)):
         for number, name in enumerate(("blue", "green", "red")):
@@ -72,7 +72,7 @@ def small_run(small_flags, tmp_path):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Runs that are not about pictures draw none: most of the time of a small run is matplotlib's."""
+    """Runs that are not about pictures draw none: most of a small run's time is matplotlib's."""
     import train
     for name in ("curves", "reconstructions", "clusters"):
         monkeypatch.setattr(train, name, lambda *args: None)

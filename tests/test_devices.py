@@ -19,6 +19,8 @@ from utils import devices
 from utils.command_line import UsageError
 
 GPU = torch.device("cuda", 0)
+# deepcopy asks fake tensors for their place in memory, which they do not have
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
 
 class PlayedGPU(FakeTensorMode):
@@ -88,11 +90,11 @@ def test_the_played_gpu_has_teeth(monkeypatch):
             step_on_a_played_gpu()
 
 
-# ---------------------------------------------------------------------------- which device is chosen
+# -------------------------------------------------------------------------- which device is chosen
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine with so many GPUs, the current one being number `current`; perhaps under torchrun."""
+    """A machine with so many GPUs, the current one number `current`; perhaps under torchrun."""
     def make(gpus=0, current=0, local_rank=None, processes=1, mps=False):
         chosen = []
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)

@@ -128,7 +128,7 @@ def test_all_masks_of_a_view_have_its_labels():
 
 def test_rc_maes_teacher_sees_the_students_mask():
     config, student, teachers, views = setting("--recipe", "rc-mae")
-    assert step(config, student, teachers, views)[1]["consistency"] == 0     # same weights and mask
+    assert step(config, student, teachers, views)[1]["consistency"] == 0     # same weights, mask
     other_mask = teachers.reconstruction
 
     def under_another_mask(imgs, mask_ratio, noise):
@@ -157,7 +157,7 @@ def test_one_batch_is_overfitted(name):
     for kind, q in labels.items():
         entropy = -torch.special.xlogy(q, q).sum(-1).mean()
         uneven, loss = 0, terms[kind]
-        if config.balancing == "me-max":                   # the least is at most that of these labels
+        if config.balancing == "me-max":                   # the least is at most these labels'
             mean = q.flatten(0, -2).mean(0)
             uneven = math.log(q.shape[-1]) + torch.special.xlogy(mean, mean).sum()
             loss = loss + terms[f"{kind}_me_max"]
@@ -175,7 +175,8 @@ def test_a_step_in_bf16_is_near_one_in_fp32(name):
     loss, terms, _, _ = step(*copy.deepcopy(batch))        # a copy: centring moves its centres
     with torch.autocast("cpu", torch.bfloat16):
         half_loss, half_terms, labels, _ = step(*batch)
-    assert all(x.dtype == torch.float32 for x in (half_loss, *half_terms.values(), *labels.values()))
+    for x in (half_loss, *half_terms.values(), *labels.values()):
+        assert x.dtype == torch.float32
     for key, value in terms.items():
         assert abs(half_terms[key] - value) < 0.03 * max(1, abs(value)), key
     assert abs(half_loss - loss) < 0.03 * loss

@@ -89,7 +89,8 @@ def test_resolved_settings_are_printed_and_kept(small_run, capsys):
     train.main([*small_run, "--recipe", "mae", "--epochs", "0"])
     printed, config = capsys.readouterr().err, json.loads(
         (Path(small_run[-1]) / "config.json").read_text())
-    for name, value in vars(train.resolve([*small_run, "--recipe", "mae", "--epochs", "0"])).items():
+    resolved = train.resolve([*small_run, "--recipe", "mae", "--epochs", "0"])
+    for name, value in vars(resolved).items():
         assert f"{name}={value}" in printed and config[name] == value
     saved = torch.load(Path(small_run[-1]) / "checkpoint.pt")["config"]
     assert saved == {k: v for k, v in config.items() if k not in ("mean", "std", "channels")}
@@ -119,7 +120,7 @@ def test_run_learns_and_writes_its_files(small_run):
         assert read_json_lines(out / "eval.jsonl")[-1] == last
 
 
-@pytest.mark.parametrize("cut", [2, 6])    # before the first checkpoint but that of step 0; after it
+@pytest.mark.parametrize("cut", [2, 6])    # before the first checkpoint after step 0; after it
 def test_a_run_cut_off_and_continued_equals_one_that_was_not(
         small_flags, tmp_path, monkeypatch, no_pictures, cut):
     train.main([*small_flags, "--out", str(tmp_path / "whole")])
@@ -200,15 +201,28 @@ def test_bad_input_is_one_line_and_writes_nothing(small_run, flags, words, capsy
     assert not Path(small_run[-1]).exists()
 
 
-def test_out_of_memory_is_one_line(small_run, capsys, monkeypatch, no_pictures):
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore words"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)")])
+def test_out_of_memory_is_one_line(small_run, capsys, monkeypatch, no_pictures, error):
     """The last checkpoint stays, and the flags that help are named."""
     def too_large(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore words")
+        raise error
 
     monkeypatch.setattr(train, "training_step", too_large)
-    error = refused(lambda: train.main(small_run), capsys, monkeypatch).splitlines()[-1]
-    assert "error: --batch-size 16:" in error and "--accumulate (now 1)" in error
+    words = refused(lambda: train.main(small_run), capsys, monkeypatch).splitlines()[-1]
+    assert "error: --batch-size 16:" in words and "--accumulate (now 1)" in words
     assert weights(small_run[-1])
+
+
+def test_another_error_keeps_its_traceback(small_run, monkeypatch, no_pictures):
+    def wrong(*args):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(train, "training_step", wrong)
+    with pytest.raises(RuntimeError, match="shapes"):
+        train.run_main(lambda: train.main(small_run))
 
 
 def test_other_images_are_refused(small_run, photos, tmp_path, no_pictures):
