@@ -63,10 +63,10 @@ class Head(nn.Module):
         for width_in, width_out in zip(widths, widths[1:]):
             layers += [nn.Linear(width_in, width_out), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])             # no GELU at the end
-        self.mlp.apply(init_weights)
         # Only their directions count. Prototypes of length 1 turn as fast as SwAV's; longer ones
         # would turn more slowly.
         self.prototypes = nn.Parameter(F.normalize(torch.randn(clusters, bottleneck), dim=1))
+        self.mlp.apply(init_weights)
 
     def project(self, x):
         """... D -> unit vectors, ... bottleneck."""
