@@ -196,7 +196,7 @@ def assign(teacher, config, images, ids, mean, std, device):
             scores["image"].append(teacher.image_head(tokens[:, 0]).cpu())                   # b K
         if teacher.patch_head is not None:
             K = len(teacher.patch_head.prototypes)
-            room = SCORES // (K * (tokens.shape[1] - 1)) - kept
+            room = max(1, SCORES // (K * (tokens.shape[1] - 1))) - kept
             part = teacher.patch_head(plain_norm(tokens[:max(0, room), 1:]))               # b N K
             scores["patch"].append(part.cpu())
             kept += len(part)
@@ -214,16 +214,16 @@ def assign(teacher, config, images, ids, mean, std, device):
 
 @torch.no_grad()
 def reconstruct(student, teacher, config, images, ids, noise, mean, std, device):
-    """{name of a row: pictures}, of as many of the images at ids as there are rows of noise (b N):
-    original, masked, and what the decoder says of the masked patches: pixels, or tokens beside the
-    teacher's, as the colours of their principal components.
+    """{name of a row: pictures}, of as many of the images at ids, evenly spread, as there are rows
+    of noise (b N): original, masked, and what the decoder says of the masked patches: pixels, or
+    tokens beside the teacher's, as the colours of their principal components.
 
     Targets are standardised over all images at ids. A model of standardised patches says nothing
     about a patch's own brightness and contrast: the picture lends it those of the original. Without
     that, its predictions look like grey noise."""
     encoder = student.mae.encoder
-    ids_shown = ids[:len(noise)]
-    imgs = standardised(images, ids_shown, mean, std)                                    # b C H W
+    chosen = subset(torch.arange(len(ids)), len(noise))                                        # b
+    imgs = standardised(images, ids[chosen], mean, std)                                  # b C H W
     dtype = encoder.cls_token.dtype
     out = student(imgs.to(device, dtype), config.mask_ratio,
                   noise[:len(imgs)].to(device, dtype))
@@ -244,7 +244,7 @@ def reconstruct(student, teacher, config, images, ids, noise, mean, std, device)
     else:
         chunks = tokens_in_chunks(teacher.encoder, images, ids, mean, std, device)
         tokens = torch.cat([each[:, 1:].float().cpu() for each in chunks])                 # n N D
-        target = standardise(tokens, config.standardise)[:len(imgs)]                       # b N D
+        target = standardise(tokens, config.standardise)[chosen]                           # b N D
         shown = torch.where(hidden, pred, target)
         colours = principal_colours(target.flatten(0, 1), shown.flatten(0, 1))     # 2 x ((b N) 3)
         for name, each in zip(("teacher's tokens", "prediction"), colours):

@@ -1,16 +1,19 @@
-"""The masked autoencoder (MAE): hide most patches of an image, encode the few visible ones, predict
-the hidden ones.
+"""The masked autoencoder (MAE): mask most patches of an image, encode the few visible ones, predict
+the masked ones.
 
-    images ─ patches ─ keep a random quarter ─ encoder (wide, deep, sees V patches) ─ latent
-    latent, and one learned mask token for each hidden patch ─ decoder (narrow, sees N) ─ states
-    states ─ one linear layer ─ pred; loss = mean squared error at the hidden patches
+    images ─ patches ─ keep a random quarter ─ encoder (wide and deep; sees the class token and the
+                                               V visible patches) ─ latent
+    latent, with one learned mask token, the same at every masked place ─ decoder (narrow; sees the
+                                               class token and all N patches) ─ states
+    states ─ one linear layer ─ pred; loss = mean squared error at the masked patches
 
-An encoder that never sees the hidden patches is cheap to train (a quarter of the tokens) and cannot
+An encoder that never sees the masked patches is cheap to train (a quarter of the tokens) and cannot
 cheat.
 
-Letters:  B images, C channels, H W height and width, p_h p_w height and width of a patch,
-          P = p_h p_w C numbers in a patch, N patches of an image, V visible ones, M = N - V masked
-          ones, D width of the encoder, d width of the decoder.
+Letters:  B images (or views: crops of them), C channels, H W height and width, p_h p_w height and
+          width of a patch, N patches of an image, V visible ones, M = N - V masked ones, D width of
+          the encoder, d width of the decoder, P numbers of a patch: its p_h p_w C pixels, or as
+          many as are predicted of it (target_dim).
 
 `VisionTransformer` is the encoder: what one keeps after training. Its parameters have the names of
 timm's VisionTransformer. `Decoder` is what one trains it with. `MaskedAutoencoder` holds the two.
@@ -46,8 +49,8 @@ def pair(size):
 
 
 def at_least_fp32(x):
-    """x in float32, or wider where it is. Losses and statistics are computed in it: bf16 has 8 bits
-    of precision, and small errors and differences would be rounded away."""
+    """x in float32, or wider where it is. Losses and statistics of a batch are computed in it: bf16
+    has 8 bits of precision, and small errors and differences would be rounded away."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -83,11 +86,17 @@ def count_visible(num_patches, mask_ratio):
 def random_masking(noise, mask_ratio):
     """Choose the visible patches of each image: those with the smallest noise.
 
-    noise B N -> ids_keep B V, mask B N (0 keep, 1 remove), ids_restore B N.
+    noise B N -> ids_keep B V, mask B N (1 masked, 0 visible), ids_restore B N.
 
-    Argsort twice. The first gives the patches in random order: ids_shuffle[j] is the patch at place
-    j of that order. The second inverts it: ids_restore[i] is the place of patch i. So gathering by
-    ids_restore puts shuffled tokens back."""
+    Argsort twice. The first one shuffles: it lists the patches by their noise. The second one
+    inverts that list: it says for each patch where in the list it stands. Four patches:
+
+        noise        0.7  0.1  0.9  0.4
+        ids_shuffle    1    3    0    2      patch 1 has the least noise, patch 2 the most
+        ids_restore    2    0    3    1      patch 0 stands at index 2 of that list
+
+    With half of them masked, patches 1 and 3 are visible. Gathering shuffled tokens by ids_restore
+    puts each back at its patch."""
     V = count_visible(noise.shape[1], mask_ratio)
     ids_shuffle = noise.argsort(dim=1)                                                       # B N
     ids_restore = ids_shuffle.argsort(dim=1)                                                 # B N
@@ -100,13 +109,18 @@ def gather_tokens(x, ids):
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def restore_tokens(shuffled, ids_restore, fill):
-    """Visible tokens back at their places, `fill` at the places of the hidden ones.
+def restore_tokens(visible, ids_restore, fill):
+    """The tokens of visible patches back at their patches, and `fill` at the masked ones.
 
-    shuffled B V D, ids_restore B N, fill 1 1 D -> B N D."""
-    (B, V, D), N = shuffled.shape, ids_restore.shape[1]
-    hidden = fill.to(shuffled.dtype).expand(B, N - V, D)                                   # B M D
-    return gather_tokens(torch.cat([shuffled, hidden], dim=1), ids_restore)                # B N D
+    visible B V D, in shuffled order; ids_restore B N; fill 1 1 D -> B N D."""
+    (B, V, D), N = visible.shape, ids_restore.shape[1]
+    masked = fill.to(visible.dtype).expand(B, N - V, D)                                    # B M D
+    return gather_tokens(torch.cat([visible, masked], dim=1), ids_restore)                 # B N D
+
+
+def plain_norm(x):
+    """Each token of x (... D) to mean 0, variance 1: LayerNorm without parameters."""
+    return F.layer_norm(x, x.shape[-1:])
 
 
 def standardise_patches(patches):
@@ -127,7 +141,7 @@ def pixel_target(imgs, patch_size, norm_pix_loss=True):
 
 def masked_mse(pred, target, mask):
     """Mean squared error of a patch (pred and target B N P), averaged over the masked patches (mask
-    B N, 1 masked) -> a number. Visible patches do not count."""
+    B N, 1 masked) -> a number. Visible patches do not count; at least one has to be masked."""
     per_patch = (at_least_fp32(pred) - at_least_fp32(target)).square().mean(-1)              # B N
     return (per_patch * mask).sum() / mask.sum()
 
@@ -137,7 +151,7 @@ def sincos_positions(dim, grid):
 
     The class token has no place: zeros. In the layout of the official checkpoints the first half of
     the channels encodes the *column* and the second half the row; each half has all sines first,
-    then all cosines, with wavelengths from 2 pi to 10000 * 2 pi patches."""
+    then all cosines, with wavelengths from 2 pi to almost 10000 * 2 pi patches."""
     if dim % 4:
         raise ValueError(f"a width of {dim} is not a multiple of 4 (sine, cosine; row, column)")
     omega = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))        # dim/4
@@ -277,7 +291,8 @@ class Decoder(nn.Module):
     def forward(self, latent, ids_restore):
         """latent B 1+V D, ids_restore B N -> states B N d.
 
-        `self.pred` turns a state into a prediction."""
+        The caller applies `pred` to the states, as patch pseudo labels are predicted from these
+        too."""
         x = self.embed(latent)                                                           # B 1+V d
         patches = restore_tokens(x[:, 1:], ids_restore, self.mask_token)                   # B N d
         x = torch.cat([x[:, :1], patches], dim=1) + self.pos_embed                       # B 1+N d
@@ -289,8 +304,8 @@ class Decoder(nn.Module):
 class MaskedAutoencoder(nn.Module):
     """The encoder and its decoder. Arguments have the names of the official code.
 
-    target_dim: how many numbers are predicted for a patch; None stands for its P pixels.
-    0 leaves the decoder out: pseudo labels of whole images need none."""
+    target_dim: how many numbers are predicted for a patch; None stands for its pixels.
+    target_dim=0 leaves the decoder out: image pseudo labels need none."""
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12,
                  num_heads=12, decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16,
@@ -308,7 +323,7 @@ class MaskedAutoencoder(nn.Module):
             target_dim, mlp_ratio) if target_dim else None
 
     def forward_encoder(self, imgs, mask_ratio, noise=None):
-        """B C H W -> latent B 1+V D, mask B N (0 keep, 1 remove), ids_restore B N.
+        """B C H W -> latent B 1+V D, mask B N (1 masked, 0 visible), ids_restore B N.
 
         noise B N chooses the patches; without it they are drawn at random."""
         if noise is None:

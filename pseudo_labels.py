@@ -2,24 +2,26 @@
 to predict. Nobody says what the clusters should be: no true class is used anywhere.
 
     head      token ─ MLP ─ unit vector ─ cosine with K learned prototypes = scores          S K
-    labels    the teacher's scores, sharpened and balanced over the batch, no gradient: q    S K
-    loss      cross-entropy of the student's scores of its own view:  − Σ_k q_k log p_k
+    labels    the teacher's softmax(scores / low temperature), balanced over the batch: q    S K
+    loss      cross-entropy of the student's p = softmax(scores / temperature):  − Σ_k q_k log p_k
 
-*Image pseudo labels* are made of the class token, *patch pseudo labels* of each patch token. (The
-paper says: labels of the class token and of the data tokens.)
+Each cluster has a *prototype*, a learned unit vector; a token belongs to the cluster whose
+prototype is nearest. *Image pseudo labels* are made of the class token, *patch pseudo labels* of
+each patch token. (Nandam et al. 2024 say: pseudo labels of the class token and of the data tokens.)
 
-A prototype is the centre of a cluster. Nothing says which cluster is right, so all tokens could
-gather in one, and the loss would be zero. *Balancing* forbids that, in one of three ways.
-`sinkhorn` gives all clusters like shares of each batch. `centring` subtracts from each cluster its
-running mean score. ME-MAX leaves the labels alone and rewards a student whose mean prediction is
-uniform.
+There are two ways to learn nothing. All tokens may gather in one cluster: the loss is then 0.
+*Balancing* forbids that, in one of three ways. `sinkhorn` gives all clusters like shares of each
+batch. `centring` subtracts from each cluster its running mean score. ME-MAX leaves the labels alone
+and rewards a student whose mean prediction is uniform. Or the student predicts 1/K for everything:
+the loss is then ln K. It is logged beside the losses of pseudo labels, as the line to get below.
 
-A student that predicts 1/K for everything has a loss of ln K. This is the line of collapse, and it
-is logged beside the losses of pseudo labels.
+To skip at first reading: `centring`, `me_max`, and *ranks* (the processes of a run on several GPUs;
+each holds a part of the batch, and what is a sum over the batch is summed over ranks).
 
-Letters:  B views in the batch (k B under k masks of each), N patches, V visible ones, D and d
-          widths of encoder and decoder, K clusters, S samples of one balancing call: the class
-          tokens, or all patch tokens, of a micro-batch. Each rank holds its part of them.
+Letters:  B views in the batch, k masks of a view (so the student makes k B rows), N patches,
+          V visible ones, D and d widths of encoder and decoder, P numbers that are predicted of a
+          patch, K clusters, S samples that are balanced together: the class tokens of all views, or
+          all their patch tokens.
 """
 
 import math
@@ -28,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mae import MaskedAutoencoder, at_least_fp32, init_weights, restore_tokens
+from mae import MaskedAutoencoder, at_least_fp32, init_weights, plain_norm, restore_tokens
 from utils.ranks import gather_over_ranks, mean_over_ranks, over_ranks
 
 BALANCING = ("sinkhorn", "centring", "me-max")
@@ -39,13 +41,8 @@ def full_precision(x):
     """A context in which products are computed in x's own precision, not in autocast's bf16.
 
     Cosines are divided by temperatures as low as 0.0125. A step of bf16 near 1 is 0.0039, and that
-    becomes 0.31 nats."""
+    becomes 0.31 nats. (On a GPU products in fp32 may use TF32, whose step is an eighth of that.)"""
     return torch.autocast(x.device.type, enabled=False)
-
-
-def plain_norm(x):
-    """LayerNorm without parameters."""
-    return F.layer_norm(x, x.shape[-1:])
 
 
 # ---------------------------------------------------------------------------- heads and the student
@@ -56,15 +53,15 @@ class Head(nn.Module):
     Without batch norm, so that what a token scores does not depend on the batch it is in."""
 
     def __init__(self, dim, hidden, bottleneck, clusters):
-        """hidden: widths of the hidden layers, a tuple; bottleneck: width of the sphere."""
+        """hidden: widths of the hidden layers, a tuple; bottleneck: length of the unit vectors."""
         super().__init__()
         widths = (dim, *hidden, bottleneck)
         layers = []
         for width_in, width_out in zip(widths, widths[1:]):
             layers += [nn.Linear(width_in, width_out), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])             # no GELU at the end
-        # Only their directions count. Prototypes of length 1 turn as fast as SwAV's; longer ones
-        # would turn more slowly.
+        # Only their directions count. But a step of the optimiser turns a short vector further than
+        # a long one: they start with length 1, as SwAV keeps them.
         self.prototypes = nn.Parameter(F.normalize(torch.randn(clusters, bottleneck), dim=1))
         self.mlp.apply(init_weights)
 
@@ -87,7 +84,7 @@ class Student(nn.Module):
     """A masked autoencoder, and the heads that predict pseudo labels. 0 clusters leave a head out.
 
     Widths: image head D -> 8/3 D -> 8/3 D -> 2/3 D, patch head D -> 2 D -> 2/3 D. For D = 192 these
-    are 512-512-128 and 384-128. Not tuned."""
+    are 512-512-128 and 384-128. Not tuned. Raises ValueError for a patch head without a decoder."""
 
     def __init__(self, image_clusters=0, patch_clusters=0, **mae_arguments):
         super().__init__()
@@ -96,6 +93,8 @@ class Student(nn.Module):
         self.image_head = self.patch_head = self.decoder_label = None
         if image_clusters:
             self.image_head = Head(D, (8 * D // 3, 8 * D // 3), 2 * D // 3, image_clusters)
+        if patch_clusters and self.mae.decoder is None:
+            raise ValueError("patch pseudo labels need a decoder: target_dim must not be 0")
         if patch_clusters:
             d = self.mae.decoder.mask_token.shape[-1]
             self.patch_head = Head(D, (2 * D,), 2 * D // 3, patch_clusters)
@@ -103,17 +102,17 @@ class Student(nn.Module):
             self.decoder_label.apply(init_weights)
 
     def forward(self, imgs, mask_ratio, noise):
-        """Views B C H W, under the k masks of each that noise ((k B) N) chooses. A dictionary of
+        """Views imgs (B C H W), seen under k masks each, which noise ((k B) N) chooses.
 
-        mask     (k B) N     1 where a patch is hidden
-        unit     (k B) ...   what the image head compares with its prototypes, unit vectors
-        image    (k B) K     scores of the class token
-        pred     (k B) N P   prediction of the decoder's target: D numbers of a token, or P pixels
-        patch    (k B) N K   scores of the patches
+        Returns a dictionary of what the student has the parts for:
 
-        as far as the student has the parts for it."""
-        masks_per_view = len(noise) // len(imgs)
-        imgs = imgs.repeat(masks_per_view, 1, 1, 1)                                  # k B C H W
+        mask     (k B) N            1 where a patch is masked
+        unit     (k B) bottleneck   the class token on the image head's sphere, for KoLeo
+        image    (k B) K            scores of the class token
+        pred     (k B) N P          what the decoder predicts of each patch: pixels, or a token
+        patch    (k B) N K          scores of the patches"""
+        k = len(noise) // len(imgs)
+        imgs = imgs.repeat(k, 1, 1, 1)                                               # k B C H W
         z, mask, ids_restore = self.mae.forward_encoder(imgs, mask_ratio, noise)     # k B 1+V D
         out = {"mask": mask}
         if self.image_head is not None:
@@ -123,8 +122,9 @@ class Student(nn.Module):
             states = self.mae.forward_decoder(z, ids_restore)                        # k B N d
             out["pred"] = self.mae.decoder.pred(states)                              # k B N P
         if self.patch_head is not None:
-            # A visible patch is labelled from the encoder's token, a masked one from the decoder's
-            # state, as the encoder has no token of it.
+            # The label of a visible patch is predicted from the encoder's token; of a masked one
+            # from the decoder's state, as the encoder has no token of it. The norm brings both to
+            # one scale.
             nothing = z.new_zeros(1, 1, z.shape[-1])
             visible = restore_tokens(z[:, 1:], ids_restore, fill=nothing)            # k B N D
             masked = self.decoder_label(states)                                      # k B N D
@@ -148,7 +148,7 @@ def sinkhorn(scores, temperature=0.05, iterations=3):
     for _ in range(iterations):
         # A cluster: its logsumexp over all samples becomes 0. The maximum keeps exp in range.
         top = over_ranks(log_q.amax(0), "MAX")                                               # K
-        total = over_ranks((log_q - top).exp().sum(0))                                       # K
+        total = over_ranks((log_q - top).exp().sum(0), "SUM")                                # K
         log_q = log_q - top - total.log()
         # A sample: its probabilities sum to 1.
         log_q = log_q.log_softmax(dim=1)
@@ -198,7 +198,8 @@ def make_labels(teacher, tokens, config):
 def swap_views(labels, views):
     """Each view gets the label of the other view of its image: what two crops share is content.
 
-    labels B ..., all first views, then all second ones. With one view it keeps its own."""
+    labels B K, all first views, then all second ones. With one view it keeps its own. Only of image
+    pseudo labels: the patches of two crops show different things."""
     return labels.roll(len(labels) // 2, dims=0) if views == 2 else labels
 
 
@@ -219,8 +220,8 @@ def image_label_loss(scores, labels, temperature=0.1):
 def patch_label_loss(scores, labels, mask, which="both", temperature=0.1):
     """Scores of patches B N K against patch pseudo labels B N K: a number.
 
-    mask: B N, 1 masked. which: the mean over the "masked" patches, over the "visible" ones, or
-    ("both") the mean of these two means."""
+    mask: B N, 1 masked; some of both in it. which: the mean over the "masked" patches, over the
+    "visible" ones, or ("both") the mean of these two means."""
     loss = label_loss(scores, labels, temperature)                                           # B N
     masked = (loss * mask).sum() / mask.sum()
     visible = (loss * (1 - mask)).sum() / (1 - mask).sum()
@@ -237,21 +238,24 @@ def me_max(scores, temperature=0.1):
 
 
 def koleo(unit, images):
-    """Mean of -log of the distance from each class token to the nearest one of another image, which
-    stands still (Sablayrolles et al. 2019; DINOv2). unit (k B) ...: unit vectors of the image head;
-    row i is of image i % images, as views and masks of the same images follow one another.
+    """Mean over class tokens of -log of the distance to the nearest one of another image
+    (Sablayrolles et al. 2019; DINOv2). The nearest one gets no gradient.
+
+    unit: (k B) bottleneck, of the image head. Row i is of image i % images: with 2 images in 2
+    views the rows are of images 0 1 0 1. Tokens of all ranks are neighbours.
 
     It spreads the tokens of different images over the sphere. Without it the labels of a fresh
     network stay vague: its tokens lie close together, all scores are alike, and predicting 1/K is
     nearly right."""
-    others, rank = gather_over_ranks(unit)                                                 # B' ...
-    rows = torch.arange(len(others), device=unit.device)
-    images_of_others = rows % images + images * (rows // len(unit))                        # B'
-    own_images = images_of_others[rank * len(unit):(rank + 1) * len(unit)]                 # B
-    same = own_images[:, None] == images_of_others                                         # B B'
+    others, rank = gather_over_ranks(unit)                 # all ranks' rows, without gradient
+    row = torch.arange(len(others), device=unit.device)
+    whose = row % images + images * (row // len(unit))     # the image of each; on each rank others
+    mine = whose[rank * len(unit):(rank + 1) * len(unit)]                                    # k B
+    same = mine[:, None] == whose                          # k B rows, a column for each of others
     with full_precision(unit):
-        nearest = (unit.detach() @ others.T).masked_fill(same, -2).argmax(1)               # B
-    distance = (unit - others[nearest]).norm(dim=1)                                        # B
+        cosine = unit.detach() @ others.T
+    nearest = cosine.masked_fill(same, -2).argmax(1)                                         # k B
+    distance = (unit - others[nearest]).norm(dim=1)                                          # k B
     loss = -(distance + 1e-6).log().mean()
     return loss * (~same).any()                            # 0 where there is no other image
 

@@ -5,18 +5,22 @@ what the decoder predicts.
     reconstruction teacher    encoder             sees the whole view; its patch tokens are what the
                                                   decoder predicts
 
+(In the recipe rc-mae there is one with a decoder, which sees the student's masks.)
+
 A teacher is never trained. After every optimiser step its weights move a little towards the
 student's,
 
     T  <-  m T + (1 - m) student
 
 so it is an average of recent students, steadier than any of them. How recent is said by its
-*half-life*: after h steps the weight of what the student was has halved, m = 0.5^(1/h). The two
-jobs need not want the same half-life: labels may want to stay the same for long, and targets to be
-up to date, or the other way round. That is why there are two teachers. With equal half-lives, and
-the same input, two teachers are one.
+*half-life* h: a student of h steps ago counts half of what the present one counts, m = 0.5^(1/h).
+The two jobs need not want the same half-life: labels may want to stay the same for long, and
+targets to be up to date, or the other way round. That is why there are two teachers. With equal
+half-lives, and the same input, two teachers are one.
 
-Letters:  B views in the batch, N patches, D width of the encoder.
+Letters:  B views in the batch, k masks of a view, N patches, V visible ones, D width of the
+encoder,
+          P numbers that are predicted of a patch, K clusters.
 """
 
 import copy
@@ -24,10 +28,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from mae import at_least_fp32, random_masking
+from mae import at_least_fp32, plain_norm, random_masking
 from utils.ranks import mean_over_ranks
 
 STANDARDISE = ("token", "feature", "position", "none")
@@ -77,6 +80,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def follow(self, student, m):
         """Every parameter: T <- m T + (1 - m) student. 0 copies the student, 1 stands still."""
+        # "image_head.x" is a parameter of the student, "encoder.x" one of student.mae.
         theirs = dict(student.named_parameters()) | dict(student.mae.named_parameters())
         names, own = zip(*self.named_parameters())
         ema_update(list(own), [theirs[name] for name in names], m)
@@ -111,8 +115,11 @@ class Teachers:
 def make_teachers(student, config):
     """The teachers that config asks for, fresh copies of the student.
 
-    Without pseudo labels the only teacher is the reconstruction teacher. In `mae` it has no task:
-    it is kept as the average of the weights, to be judged beside the student."""
+    pseudo labels   a labelling teacher
+    token target    a reconstruction teacher; with config.teachers = 1 the labelling teacher is it
+    consistency     a reconstruction teacher with a decoder (the recipe rc-mae)
+    none of these   a reconstruction teacher without a task (the recipe mae): the average of the
+                    weights, kept to be judged beside the student"""
     labelled = student.image_head is not None or student.patch_head is not None
     labelling = Teacher(student, heads=True) if labelled else None
     if config.consistency_weight:
@@ -125,31 +132,32 @@ def make_teachers(student, config):
 # ----------------------------------------------------------------------------------- the schedules
 
 def half_life(text):
-    """The type of a half-life setting, a text: "1%" of the run, "30" steps, "inf" for a teacher
-    that never changes, "0" for one that copies the student. "173:inf" changes from first to last.
-
-    Raises ValueError for anything else."""
-    for part in text.split(":"):
-        h = float(part.removesuffix("%"))
-        if not h >= 0 or (part.endswith("%") and h > 100):
-            raise ValueError(text)
-        if not part.endswith("%") and 0 < h < 1:           # easily meant as a share of the run
-            raise ValueError(text)
+    """A half-life as it is written in a setting: "1%" of the run, "30" steps, "inf" for a teacher
+    that never changes, "0" for one that copies the student. "173:inf" goes from the first to the
+    last of these. Returns the text; raises ValueError for anything else."""
     if text.count(":") > 1:
         raise ValueError(text)
+    for part in text.split(":"):
+        h = in_steps(part, 100)
+        # "0.01" is refused: it is easily meant as a share of the run, which is written "1%"
+        possible = 0 <= h <= 100 if part.endswith("%") else h == 0 or h >= 1
+        if not possible:
+            raise ValueError(text)
     return text
+
+
+def in_steps(part, total):
+    """The text "1%" or "30" as a number of steps, of a run of `total`."""
+    return float(part[:-1]) / 100 * total if part.endswith("%") else float(part)
 
 
 def momentum(step, total, half_life):
     """m after optimiser step number `step` (0 is the first) of the `total` of the whole run.
 
-    half_life: see there. Between "first:last" m goes by a cosine, as in BYOL. m from 0.996 to 1
-    (DINO, RC-MAE) is "173:inf"."""
-    ends = []
-    for part in half_life.split(":"):
-        h = float(part[:-1]) / 100 * total if part.endswith("%") else float(part)
-        ends.append(0.5 ** (1 / h) if h > 0 else 0.0)
-    first, last = ends[0], ends[-1]
+    half_life: a text as above. Between "first:last" m goes by a cosine, as in BYOL. m from 0.996 to
+    1 (DINO, RC-MAE) is "173:inf"."""
+    ends = [in_steps(part, total) for part in half_life.split(":")]
+    first, last = (0.5 ** (1 / h) if h > 0 else 0.0 for h in (ends[0], ends[-1]))
     progress = min(1, step / max(1, total - 1))
     return last - (last - first) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -158,7 +166,7 @@ def momentum(step, total, half_life):
 
 @torch.no_grad()
 def standardise(tokens, how):
-    """The reconstruction teacher's tokens B N D as targets B N D, mean 0 and variance 1
+    """The reconstruction teacher's tokens B N D as targets B N D: mean 0 and variance 1
 
     token      within each token, over its D features (LayerNorm without parameters; data2vec, SdAE)
     feature    of each feature, over the tokens of the micro-batch on all ranks
@@ -168,7 +176,7 @@ def standardise(tokens, how):
     if how == "none":
         return tokens
     if how == "token":
-        return F.layer_norm(tokens, tokens.shape[-1:])
+        return plain_norm(tokens)
     over = {"feature": (0, 1), "position": 0}[how]
     tokens = tokens - mean_over_ranks(tokens.mean(over))
     return tokens / (mean_over_ranks(tokens.square().mean(over)) + 1e-6).sqrt()

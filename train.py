@@ -12,8 +12,13 @@ a run that was cut off.
 Read `training_step` first. It is the method; what it calls stands in mae.py, pseudo_labels.py and
 teachers.py.
 
-Letters:  B views in the batch (all first views of the images, then all second ones), k masks of a
-          view, N patches, V visible ones, D width of the encoder, P numbers in a patch, K clusters.
+A *view* of an image is a random crop of it, flipped or not, in changed colours; an image gives two.
+A *micro-batch* is the part of a batch that is computed at once, by one process.
+
+Letters:  B views in the micro-batch (all first views of the images, then all second ones), k masks
+of
+          a view, N patches, D width of the encoder, K clusters, P numbers that are predicted of a
+          patch: D of a token, or those of its pixels.
 """
 
 import dataclasses
@@ -39,6 +44,7 @@ from pseudo_labels import (
     BALANCING,
     Student,
     count_labels,
+    full_precision,
     health,
     image_label_loss,
     koleo,
@@ -78,7 +84,8 @@ def training_step(student, teachers, views, config):
 
     student    the networks that learn; may be wrapped (DistributedDataParallel) or compiled
     teachers   .labelling, .reconstruction: None if absent; one object in both roles is one teacher
-    views      .student, .teacher (B C H W): the same crops and flips; .noise ((k B) N): the masks
+    views      .student, .teacher (B C H W): the same crops and flips, in the same or, with
+               --teacher-view other-colours, in other colours; .noise ((k B) N): chooses the masks
 
     loss: a number with gradient; terms: its parts by name; labels: pseudo labels {"image": B K,
     "patch": B N K}; targets: {"rec": B N P, "consistency": (k B) N P}; each as far as it is
@@ -92,8 +99,8 @@ def training_step(student, teachers, views, config):
         if "image" in labels:                              # crop 1 predicts the label of crop 2
             labels["image"] = swap_views(labels["image"], config.views)
 
-        # 2  What the decoder predicts: the reconstruction teacher's tokens, or pixels of the
-        #    student's own view.
+        # 2  What the decoder predicts: the reconstruction teacher's tokens; or the pixels of the
+        #    student's own view, as their colours are those it can see.
         if config.target == "tokens":
             if teachers.reconstruction is not teachers.labelling:
                 tokens = teachers.reconstruction.encode(views.teacher)               # B 1+N D
@@ -124,7 +131,7 @@ def losses(predicted, labels, targets, config):
 
     In full precision also where the networks compute in bf16."""
     mask, temperature, terms = predicted["mask"], config.student_temperature, {}
-    with torch.autocast(mask.device.type, enabled=False):
+    with full_precision(mask):
         if "rec" in targets:
             terms["rec"] = masked_mse(predicted["pred"], per_mask(targets["rec"], config), mask)
         if "consistency" in targets:
@@ -138,7 +145,7 @@ def losses(predicted, labels, targets, config):
             terms["patch"] = patch_label_loss(
                 predicted["patch"], per_mask(labels["patch"], config), mask,
                 config.labelled_patches, temperature)
-        if config.balancing == "me-max":                   # as heavy as the labels it keeps apart
+        if config.balancing == "me-max":           # over all patches, whichever are labelled
             for name in labels:
                 terms[f"{name}_me_max"] = me_max(predicted[name], temperature)
     return terms

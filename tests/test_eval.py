@@ -1,159 +1,547 @@
+import json
+import math
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TOY
+from PIL import Image
 
 import eval as evaluation
 import train
-from checkpoint import load_checkpoint, save_checkpoint, write_atomically
-from utils.command_line import UsageError
+from checkpoint import load_run, to_official
+from data import Images
+from mae import patchify
+from pseudo_labels import Student, plain_norm, sinkhorn
+from teachers import Teacher, standardise
+from utils.pictures import to_pictures
+
+CPU = torch.device("cpu")
+MEAN, STD = [0.5, 0.4, 0.6], [0.2, 0.3, 0.25]
 
 
 def blobs(n, seed=0, classes=3, dim=8):
+    """A cloud around one axis for each class: x n dim, y n."""
     g = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % classes
     return 3 * torch.eye(classes, dim)[y] + torch.randn(n, dim, generator=g), y
 
 
+def some_images(n, labels=None, classes=()):
+    pixels = torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.full((n,), -1) if labels is None else labels
+    return Images(labels, list(classes), (16, 16), 3, pixels)
+
+
+def inputs(images, ids, dtype=torch.float64):
+    """What a network should see of the images at ids."""
+    mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
+    return ((images.pixels[ids] / 255 - mean) / std).to(dtype)
+
+
+# ---------------------------------------------------------------------------- features, classifiers
+
+def test_features_are_the_class_token_and_the_mean_of_the_patches(monkeypatch):
+    images, ids = some_images(20), torch.tensor([3, 17, 4, 9, 11])
+    encoder = Student(**TOY).mae.encoder.double()
+    monkeypatch.setattr(evaluation, "CHUNK", 2)            # two, two, and one that is left over
+    found = evaluation.features(encoder, images, ids, MEAN, STD, CPU)
+    tokens = encoder(inputs(images, ids)).float()
+    assert found.keys() == {"class", "mean"} and not found["class"].requires_grad
+    torch.testing.assert_close(found["class"], tokens[:, 0])
+    torch.testing.assert_close(found["mean"], tokens[:, 1:].mean(1))
+    pixels = evaluation.features(None, images, ids, MEAN, STD, CPU)
+    torch.testing.assert_close(pixels, {"pixels": inputs(images, ids, torch.float32).flatten(1)})
+
+
+def test_a_subset_is_evenly_spread():
+    ids = torch.arange(100, 200)
+    assert evaluation.subset(ids, 4).tolist() == [100, 133, 166, 199]
+    assert torch.equal(evaluation.subset(ids, 100), ids)
+    assert torch.equal(evaluation.subset(ids, 1000), ids)
+
+
 def test_knn_equals_brute_force():
     (x, y), (test_x, _) = blobs(90), blobs(30, seed=1)
     want = []
-    for q in test_x:
-        similarity = sorted(((F.cosine_similarity(q, v, dim=0).item(), k.item()) for v, k in zip(x, y)), reverse=True)[:5]
-        votes = [sum(torch.tensor(s / 0.07).exp().item() for s, k in similarity if k == c) for c in range(3)]
+    for query in test_x:
+        cosines = [F.cosine_similarity(query, each, dim=0).item() for each in x]
+        nearest = sorted(zip(cosines, y.tolist()), reverse=True)[:5]
+        votes = [0.0, 0.0, 0.0]
+        for cosine, label in nearest:
+            votes[label] += torch.tensor(cosine / 0.07).exp().item()
         want.append(votes.index(max(votes)))
     assert evaluation.knn(x, y, test_x, 3, k=5).tolist() == want
-    assert evaluation.knn(x[:2], y[:2], test_x, 3).shape == (30,)                # fewer images than neighbours
+    few = evaluation.knn(x[:2], y[:2], test_x, 3)          # fewer images than neighbours
+    assert few.shape == (30,)
 
 
 def test_linear_separates_what_a_plane_separates():
     (x, y), (test_x, test_y) = blobs(600), blobs(300, seed=1)
-    scores = [evaluation.accuracy(p, test_y) for p in evaluation.linear(x, y, test_x, 3, epochs=10)]
+    predictions = evaluation.linear(x, y, test_x, 3, epochs=10)
+    scores = [evaluation.accuracy(p, test_y) for p in predictions]
     assert max(scores) > 0.95 and len(scores) == len(evaluation.LINEAR_RATES)
     alone = evaluation.linear(x, y, test_x, 3, rates=evaluation.LINEAR_RATES[1:2], epochs=10)
-    both = evaluation.linear(x, y, test_x, 3, epochs=10)[1]
-    assert torch.equal(alone[0], both)                     # heads trained side by side do not touch each other
+    assert torch.equal(alone[0], predictions[1])           # side by side, they do not touch
+    one = evaluation.linear(x, y, test_x[:1], 3, epochs=10)
+    assert torch.equal(one, predictions[:, :1])            # nor do the images that are tested
 
 
-@pytest.fixture
-def untrained(small_run):
-    train.main([str(f) for f in small_run] + ["--epochs", "0"])
-    return small_run[-1] / "checkpoint.pt"
+def test_classify_tunes_on_validation_images_and_then_uses_all():
+    """It is not given test labels. Which test images there are changes none of its choices."""
+    x, y = blobs(300, dim=100)
+    x = x + torch.randn_like(x)                            # overlapping: rates differ in accuracy
+    (test_x, _), val = blobs(60, seed=1, dim=100), torch.arange(300) % 4 == 0
+    val_predictions = evaluation.linear(x[~val], y[~val], x[val], 3)
+    scores = [evaluation.accuracy(p, y[val]) for p in val_predictions]
+    best = evaluation.LINEAR_RATES[scores.index(max(scores))]
+    assert len(set(scores)) > 1
+    validation, predictions = evaluation.classify("linear", x, y, val, test_x, 3)
+    assert validation == max(scores)
+    assert torch.equal(predictions, evaluation.linear(x, y, test_x, 3, rates=[best])[0])
+    assert evaluation.classify("linear", x, y, val, 9 * torch.randn(60, 100), 3)[0] == validation
+
+    validation, predictions = evaluation.classify("knn", x, y, val, test_x, 3)
+    on_val = evaluation.knn(x[~val], y[~val], x[val], 3)
+    assert validation == evaluation.accuracy(on_val, y[val])
+    assert torch.equal(predictions, evaluation.knn(x, y, test_x, 3))
 
 
-@pytest.mark.parametrize("network, tokens", [("student", {"class", "mean"}), ("untrained", {"class", "mean"}), ("pixels", {"pixels"})])
-def test_networks(untrained, capsys, network, tokens):
-    evaluation.main(["knn", "--checkpoint", str(untrained), "--network", network, "--device", "cpu"])
-    record = evaluation.json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert record["tokens"].keys() == tokens and record["network"] == network and record["test_images"] == 18
-
-
-def test_the_yardstick_untrained_is_the_network_before_its_training(small_run):
-    train.main([str(f) for f in small_run] + ["--epochs", "0", "--seed", "3"])
-    networks = [evaluation.load_network(SimpleNamespace(checkpoint=str(small_run[-1] / "checkpoint.pt"), network=name, num_heads=None))[0]
-                for name in ("student", "untrained")]
-    assert all(torch.equal(a, b) for a, b in zip(*(n.state_dict().values() for n in networks)))
-
-
-def refused(capsys, monkeypatch, *flags):
-    monkeypatch.setattr("sys.argv", ["eval.py"])
-    with pytest.raises(SystemExit) as stop:
-        evaluation.run_main(lambda: evaluation.main([str(f) for f in flags]))
-    captured = capsys.readouterr()
-    assert stop.value.code == 2 and captured.err.count("\n") == 1
-    return captured.err
-
-
-def test_bad_input(untrained, photos, tmp_path, capsys, monkeypatch):
-    capsys.readouterr()
-    assert "no such file" in refused(capsys, monkeypatch, "knn", "--checkpoint", tmp_path / "nothing.pt")
-    (tmp_path / "text.pt").write_text("hello")
-    assert "not a checkpoint" in refused(capsys, monkeypatch, "knn", "--checkpoint", tmp_path / "text.pt")
-    (tmp_path / "empty.pt").touch()
-    assert "not a checkpoint" in refused(capsys, monkeypatch, "knn", "--checkpoint", tmp_path / "empty.pt")
-    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
-    assert "no vision transformer" in refused(capsys, monkeypatch, "knn", "--checkpoint", tmp_path / "tensor.pt")
-    assert "--device" in refused(capsys, monkeypatch, "knn", "--checkpoint", untrained, "--device", "abacus")
-    assert "--token" in refused(capsys, monkeypatch, "knn", "--checkpoint", untrained, "--network", "pixels", "--token", "class")
-    assert "invalid choice" in refused(capsys, monkeypatch, "dance", "--checkpoint", untrained)
-    torch.save(torch.load(untrained)["model"], tmp_path / "bare.pt")
-    bare = ["knn", "--checkpoint", tmp_path / "bare.pt", "--num-heads", 3]
-    assert "--data" in refused(capsys, monkeypatch, *bare)
-    assert "--network untrained" in refused(capsys, monkeypatch, *bare, "--network", "untrained")
-    assert "--num-heads 5" in refused(capsys, monkeypatch, *bare[:-1], 5)
-    shutil.copytree(photos, tmp_path / "fewer")
-    shutil.rmtree(tmp_path / "fewer" / "test" / "red")
-    words = refused(capsys, monkeypatch, "knn", "--checkpoint", untrained, "--data-root", tmp_path / "fewer")
-    assert "3 classes to train on and 2 to test on" in words and "red" in words
-    assert not (untrained.parent / "eval.jsonl").exists()
-
-
-def test_others_weights_can_be_judged(untrained, photos, tmp_path, capsys):
-    torch.save(torch.load(untrained)["model"], tmp_path / "bare.pt")
-    evaluation.main(["knn", "--checkpoint", str(tmp_path / "bare.pt"), "--data", "imagefolder", "--data-root", str(photos),
-                     "--num-heads", "3", "--device", "cpu"])
-    assert evaluation.json.loads(capsys.readouterr().out)["top1"] > 0.5
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, dict(step=1))
-
-    def broken(file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError):
-        write_atomically(path, broken)
-    assert load_checkpoint(path) == dict(step=1) and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
-
-
-def test_a_checkpoint_cannot_run_code(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return print, ("executed",)
-    torch.save(Evil(), tmp_path / "evil.pt")
-    with pytest.raises(UsageError, match="safely"):
-        load_checkpoint(tmp_path / "evil.pt")
-
-
-def test_diagnose(small_run, capsys):
-    """Of a finished run: features and labels in numbers; a teacher that copied the student agrees with it entirely."""
-    train.main([str(f) for f in small_run] + ["--labelling-half-life", "0", "--reconstruction-half-life", "20"])
-    for network in ("student", "labelling-teacher", "reconstruction-teacher"):
-        capsys.readouterr()
-        evaluation.main(["diagnose", "--checkpoint", str(small_run[-1] / "checkpoint.pt"), "--network", network, "--device", "cpu"])
-        record = evaluation.json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert record["task"] == "diagnose" and record["network"] == network and record["images"] == 7
-        assert record["student_vs_labelling-teacher_class"] == pytest.approx(1) and record["class_student_agrees"] == 1
-        assert record["student_vs_reconstruction-teacher_class"] < 1
-        assert 0 <= record["class_entropy"] <= record["class_ln_k"] and 0 <= record["data_nmi_position"] <= 1
-        assert 1 <= record["effective_rank_class"] <= 7 and 0 <= record["class_matched_accuracy"] <= 1
+def test_monitor_is_knn_on_the_images_held_out():
+    images = some_images(40, torch.arange(40) % 3, "abc")
+    images.labels[4] = -1                                  # an image to train on without a label
+    images.pixels[:, 0] = 80 * (torch.arange(40) % 3)[:, None, None]
+    encoder = Student(**TOY).mae.encoder
+    train_ids, val_ids = torch.arange(30), torch.arange(30, 40)
+    found = evaluation.monitor(encoder, images, train_ids, val_ids, MEAN, STD, CPU)
+    labelled = train_ids[train_ids != 4]
+    x, test_x = (evaluation.features(encoder, images, ids, MEAN, STD, CPU)
+                 for ids in (labelled, val_ids))
+    want = {}
+    for token in ("class", "mean"):
+        predictions = evaluation.knn(x[token], images.labels[labelled], test_x[token], 3)
+        want[f"knn_{token}"] = evaluation.accuracy(predictions, images.labels[val_ids])
+        want[f"effective_rank_{token}"] = evaluation.effective_rank(test_x[token])
+    assert found == want and found["knn_mean"] > 0.9
+    none = torch.arange(0)
+    assert evaluation.monitor(encoder, images, train_ids, none, MEAN, STD, CPU) == {}
+    unlabelled = some_images(40)
+    assert evaluation.monitor(encoder, unlabelled, train_ids, val_ids, MEAN, STD, CPU) == {}
 
 
 def test_effective_rank_and_spread():
     x = torch.randn(400, 16)
     x[:, 4:] = 0
     assert 3.5 < evaluation.effective_rank(x) <= 4
+    assert evaluation.effective_rank(x + 100) == pytest.approx(evaluation.effective_rank(x), abs=.1)
     assert evaluation.spread(torch.randn(2000, 16)) == pytest.approx(1, abs=0.02)
     assert evaluation.spread(torch.ones(50, 16) + 1e-4 * torch.randn(50, 16)) < 0.01
+    y = torch.randn(400, 16)
+    assert evaluation.centred_cosine(y, 2 * y + 5) == pytest.approx(1, abs=1e-4)
+    assert abs(evaluation.centred_cosine(y + 9, torch.randn(400, 16) + 9)) < 0.1
 
 
-def test_networks_that_are_not_there(small_run, photos, capsys, monkeypatch):
-    train.main([str(f) for f in small_run] + ["--epochs", "0", "--recipe", "mae"])
-    path = small_run[-1] / "checkpoint.pt"
+# ------------------------------------------------------------------------------------------- assign
+
+@pytest.fixture
+def assigned(monkeypatch):
+    """Called with settings and a chunk: a labelling teacher, 23 images, what it makes of them."""
+    teacher = Teacher(Student(**TOY, image_clusters=5, patch_clusters=7), heads=True).double()
+    images, ids = some_images(30), torch.arange(25, 2, -1)
+
+    def call(chunk=1000, scores=2**27, balancing="sinkhorn"):
+        monkeypatch.setattr(evaluation, "CHUNK", chunk)
+        monkeypatch.setattr(evaluation, "SCORES", scores)
+        config = SimpleNamespace(balancing=balancing, teacher_temperature=0.0125)
+        return evaluation.assign(teacher, config, images, ids, MEAN, STD, CPU)
+
+    call.teacher, call.images, call.ids = teacher, images, ids
+    return call
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_assign_in_chunks_is_assign_at_once(assigned, chunk):
+    """Labels are balanced over all images, not within a chunk."""
+    at_once, in_chunks = assigned(), assigned(chunk)
+    assert at_once["image"].labels.shape == (23, 5)
+    assert at_once["patch"].labels.shape == (23, 16, 7)
+    for name in ("image", "patch"):
+        for one, other in zip(at_once[name], in_chunks[name]):
+            torch.testing.assert_close(one, other)
+
+
+def test_what_is_assigned(assigned):
+    """Labels of the formula, the most probable cluster, and its cosine, by which pictures rank: at
+    a temperature of 0.0125 most probabilities are 1."""
+    teacher = assigned.teacher
+    tokens = teacher.encode(inputs(assigned.images, assigned.ids))
+    token = {"image": tokens[:, 0], "patch": plain_norm(tokens[:, 1:])}
+    heads = {"image": teacher.image_head, "patch": teacher.patch_head}
+    for name, (labels, cluster, cosine) in assigned().items():
+        head = heads[name]
+        want = sinkhorn(head(token[name]).flatten(0, -2), 0.0125)
+        torch.testing.assert_close(labels.flatten(0, -2), want)
+        assert torch.equal(cluster, labels.argmax(-1)) and len(cluster.unique()) > 1
+        prototypes = head.prototypes[cluster]                                              # n (N) d
+        by_hand = F.cosine_similarity(head.mlp(token[name]), prototypes, dim=-1)
+        torch.testing.assert_close(cosine, by_hand)
+        assert len(cosine.unique()) == cosine.numel()
+        assert not (labels.requires_grad or cosine.requires_grad)
+
+
+@pytest.mark.parametrize("chunk", [2, 1000])
+def test_patches_are_assigned_of_as_many_images_as_there_is_room_for(assigned, chunk):
+    found = assigned(chunk, scores=5 * 16 * 7 + 100)
+    assert found["image"].labels.shape == (23, 5)
+    assert found["patch"].labels.shape == (5, 16, 7) and found["patch"].cosine.shape == (5, 16)
+    tokens = assigned.teacher.encode(inputs(assigned.images, assigned.ids[:5]))
+    scores = assigned.teacher.patch_head(plain_norm(tokens[:, 1:])).flatten(0, 1)
+    torch.testing.assert_close(found["patch"].labels.flatten(0, 1), sinkhorn(scores, 0.0125))
+
+
+def test_assigning_uses_the_centres_and_leaves_them(assigned):
+    plain = assigned(balancing="centring")
+    assert not assigned.teacher.centres["image"].any()
+    favourite = plain["image"].cluster.mode().values
+    assigned.teacher.centres["image"][favourite] = 3       # its scores are 1 at most
+    moved = assigned(balancing="centring")
+    assert not (moved["image"].cluster == favourite).any()
+    assert assigned.teacher.centres["image"].sum() == 3
+
+
+def test_one_head_assigns_one_kind():
+    config = SimpleNamespace(balancing="me-max", teacher_temperature=0.05)
+    images, ids = some_images(4), torch.arange(4)
+    for clusters, kinds in (({"image_clusters": 5}, {"image"}), ({"patch_clusters": 5}, {"patch"})):
+        teacher = Teacher(Student(**TOY, **clusters), heads=True)
+        assert evaluation.assign(teacher, config, images, ids, MEAN, STD, CPU).keys() == kinds
+
+
+# -------------------------------------------------------------------------------------- reconstruct
+
+@pytest.mark.parametrize("how", ["feature", "position", "token", "none"])
+def test_token_targets_of_the_picture_are_standardised_over_all_images(monkeypatch, how):
+    """Over all that are given, as in training over a batch; not over the few that are shown."""
+    seen = []
+
+    def colours(*tokens):
+        seen.extend(tokens)
+        return paint(*tokens)
+
+    paint = evaluation.principal_colours
+    monkeypatch.setattr(evaluation, "principal_colours", colours)
+    student = Student(**TOY, target_dim=32)
+    teacher, images, ids = Teacher(student), some_images(40), torch.arange(39, -1, -1)
+    config = SimpleNamespace(target="tokens", mask_ratio=0.75, standardise=how)
+    noise = torch.rand(3, 16)
+    rows = evaluation.reconstruct(student, teacher, config, images, ids, noise, MEAN, STD, CPU)
+    assert {name: len(pictures) for name, pictures in rows.items()} == {
+        "original": 3, "masked": 3, "teacher's tokens": 3, "prediction": 3}
+
+    imgs = inputs(images, ids, torch.float32)
+    tokens = teacher.encode(imgs)[:, 1:]                                                   # n N D
+    chosen = evaluation.subset(torch.arange(40), 3)        # spread over a folder sorted by class
+    target, shown = (x.view(3, 16, 32) for x in seen)
+    torch.testing.assert_close(target, standardise(tokens, how)[chosen])
+    over_the_shown = standardise(tokens[chosen], how)
+    assert torch.allclose(target, over_the_shown, atol=1e-2) == (how in ("token", "none"))
+    out = student(imgs[chosen], 0.75, noise)
+    hidden = out["mask"][..., None] == 1
+    torch.testing.assert_close(shown, torch.where(hidden, out["pred"], target))
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_pixels_are_predicted_where_they_are_hidden(norm_pix_loss):
+    """A model of standardised patches borrows brightness and contrast from the original."""
+    student, images, noise = Student(**TOY), some_images(6), torch.rand(8, 16)
+    config = SimpleNamespace(target="pixels", mask_ratio=0.75, norm_pix_loss=norm_pix_loss)
+    ids = torch.arange(6)                                  # fewer than there is noise for
+    rows = evaluation.reconstruct(student, None, config, images, ids, noise, MEAN, STD, CPU)
+    assert rows.keys() == {"original", "masked", "prediction"}
+
+    imgs = inputs(images, ids, torch.float32)
+    out = student(imgs, 0.75, noise[:6])
+    pred, patches = out["pred"], patchify(imgs, 4)
+    if norm_pix_loss:
+        pred = pred * patches.std(-1, keepdim=True) + patches.mean(-1, keepdim=True)
+    want = {"original": patches, "masked": torch.zeros_like(patches), "prediction": pred}
+    hidden = out["mask"][..., None] == 1
+    for name, pictures in rows.items():
+        x = torch.where(hidden, want[name], patches)
+        x = x.view(6, 4, 4, 4, 4, 3).permute(0, 5, 1, 3, 2, 4).reshape(6, 3, 16, 16)
+        for picture, by_hand in zip(pictures, to_pictures(x, MEAN, STD)):
+            torch.testing.assert_close(picture, by_hand, atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------- the networks
+
+@pytest.fixture
+def untrained(small_run, no_pictures):
+    """The checkpoint of a run that has not begun."""
+    train.main([*small_run, "--epochs", "0"])
+    return f"{small_run[-1]}/checkpoint.pt"
+
+
+def record_of(capsys, *flags):
+    """What eval.py prints last."""
     capsys.readouterr()
-    assert "it has student, reconstruction-teacher" in refused(capsys, monkeypatch, "knn", "--checkpoint", path, "--network", "labelling-teacher")
-    assert "has no labels" in refused(capsys, monkeypatch, "diagnose", "--checkpoint", path, "--network", "pixels")
-    torch.save(torch.load(path)["model"], path.parent / "bare.pt")
-    assert "not of train.py" in refused(capsys, monkeypatch, "diagnose", "--checkpoint", path.parent / "bare.pt", "--num-heads", 3,
-                                        "--data", "imagefolder", "--data-root", photos)
+    evaluation.main([*map(str, flags), "--device", "cpu"])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_rc_mae_is_judged_by_its_teacher(small_run, capsys):
-    train.main([str(f) for f in small_run] + ["--epochs", "0", "--recipe", "rc-mae"])
-    capsys.readouterr()
-    evaluation.main(["knn", "--checkpoint", str(small_run[-1] / "checkpoint.pt"), "--device", "cpu"])
-    assert evaluation.json.loads(capsys.readouterr().out)["network"] == "reconstruction-teacher"
+@pytest.mark.parametrize("network, tokens", [
+    ("student", {"class", "mean"}), ("labelling-teacher", {"class", "mean"}),
+    ("untrained", {"class", "mean"}), ("pixels", {"pixels"})])
+def test_networks(untrained, capsys, network, tokens):
+    record = record_of(capsys, "knn", "--checkpoint", untrained, "--network", network)
+    assert record["network"] == network and record["step"] == 0 and record["data"] == "imagefolder"
+    assert record["tokens"].keys() == record["validation"].keys() == tokens
+    assert record["images"] == 72 and record["test_images"] == 18
+    assert record["top1"] == record["tokens"][record["token"]] > 0.5           # hues: easy
+    lines = (Path(untrained).parent / "eval.jsonl").read_text().splitlines()
+    assert [json.loads(each) for each in lines] == [record]
+
+
+def test_the_token_that_is_named_is_reported(untrained, capsys):
+    for token in ("class", "mean"):
+        record = record_of(capsys, "knn", "--checkpoint", untrained, "--token", token)
+        assert record["token"] == token and record["top1"] == record["tokens"][token]
+
+
+def load(path, network):
+    options = SimpleNamespace(checkpoint=str(path), network=network, num_heads=None)
+    return evaluation.load_network(options)
+
+
+@pytest.mark.parametrize("recipe", ["pl-mae", "rc-mae"])
+def test_the_yardstick_untrained_is_the_network_before_its_training(
+        small_run, tmp_path, no_pictures, recipe):
+    flags = [*small_run, "--recipe", recipe, "--seed", "3"]
+    train.main([*flags, "--epochs", "0"])
+    train.main([*flags, "--epochs", "1", "--out", str(tmp_path / "trained")])
+    before, _ = load(f"{small_run[-1]}/checkpoint.pt", "student")
+    trained, _ = load(tmp_path / "trained" / "checkpoint.pt", "student")
+    yardstick, info = load(tmp_path / "trained" / "checkpoint.pt", "untrained")
+    assert info["network"] == "untrained"
+    for name, weight in yardstick.state_dict().items():
+        assert torch.equal(weight, before.state_dict()[name])
+    assert not torch.equal(trained.norm.weight, yardstick.norm.weight)
+
+
+def test_rc_mae_is_judged_by_its_teacher(small_run, capsys, no_pictures):
+    train.main([*small_run, "--epochs", "1", "--recipe", "rc-mae"])
+    path = f"{small_run[-1]}/checkpoint.pt"
+    assert record_of(capsys, "knn", "--checkpoint", path)["network"] == "reconstruction-teacher"
+    student, teachers, config = load_run(path)
+    kept = evaluation.kept_network(student, teachers, config)
+    assert kept is teachers.reconstruction.encoder
+    judged, _ = load(path, None)
+    assert torch.equal(judged.norm.weight, kept.norm.weight)
+    config.consistency_weight = 0.0
+    assert evaluation.kept_network(student, teachers, config) is student.mae.encoder
+
+
+def test_others_weights_can_be_judged(untrained, photos, tmp_path, capsys):
+    """A bare file of weights names no data: they are given. It is judged as the run's student."""
+    student, _, _ = load_run(untrained)
+    torch.save(to_official(student.mae), tmp_path / "bare.pt")
+    record = record_of(capsys, "knn", "--checkpoint", tmp_path / "bare.pt", "--num-heads", 3,
+                       "--data", "imagefolder", "--data-root", photos)
+    assert record["network"] == "student" and record["step"] is None and record["top1"] > 0.5
+
+
+# ------------------------------------------------------------------ choices without the test labels
+
+@pytest.fixture
+def hard_photos(tmp_path):
+    """60 + 30 images whose class is hard to see: a little more of red, green or blue."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 10)):
+        for number, name in enumerate("abc"):
+            folder = tmp_path / "hard" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                picture = rng.integers(0, 200, (16, 16, 3)) + rng.integers(0, 40)
+                picture[..., number] += 12
+                Image.fromarray(picture.astype(np.uint8)).save(folder / f"{i}.png")
+    return tmp_path / "hard"
+
+
+def with_other_test_labels(photos, root, seed):
+    """A copy of the photos whose test images lie in the folders of random classes."""
+    shutil.copytree(photos, root)
+    rng = np.random.default_rng(seed)
+    for name in "abc":
+        for path in sorted((photos / "test" / name).iterdir()):
+            (root / "test" / name / path.name).unlink()
+            shutil.copy(path, root / "test" / rng.choice(list("abc")) / f"{name}-{path.name}")
+    return root
+
+
+@pytest.mark.parametrize("task", ["knn", "linear"])
+def test_choices_do_not_depend_on_the_test_labels(
+        untrained, hard_photos, tmp_path, capsys, monkeypatch, task):
+    """Token and learning rate are chosen on images of the training split. With other test labels
+    they are the same, and only the accuracy on the test split is another one."""
+    chosen = []
+
+    def linear(*args, rates=evaluation.LINEAR_RATES):
+        if len(rates) == 1:                                # the last fit, at the rate of choice
+            chosen.extend(rates)
+        return fit(*args, rates=rates, epochs=30)
+
+    fit = evaluation.linear
+    monkeypatch.setattr(evaluation, "linear", linear)
+    roots = [hard_photos] + [with_other_test_labels(hard_photos, tmp_path / str(seed), seed)
+                             for seed in range(4)]
+    records, rates = [], []
+    for root in roots:
+        records.append(record_of(capsys, task, "--checkpoint", untrained, "--data", "imagefolder",
+                                 "--data-root", root))
+        rates.append(list(chosen))
+        chosen.clear()
+    for record, chosen_rates in zip(records, rates):
+        assert record["token"] == records[0]["token"] and chosen_rates == rates[0]
+        assert record["validation"] == records[0]["validation"]
+    assert len(rates[0]) == (2 if task == "linear" else 0)             # one for each token
+    assert len({record["top1"] for record in records}) > 1
+    best_on_test = {max(record["tokens"], key=record["tokens"].get) for record in records}
+    assert best_on_test - {records[0]["token"]}            # who looks there chooses otherwise
+
+
+# ---------------------------------------------------------------------------------------- diagnosis
+
+def test_diagnose(small_run, capsys, no_pictures):
+    """Of a finished run: features and pseudo labels in numbers. A teacher that copied the student
+    agrees with it entirely."""
+    train.main([*small_run, "--labelling-half-life", "0", "--reconstruction-half-life", "20"])
+    path = f"{small_run[-1]}/checkpoint.pt"
+    for network in ("student", "labelling-teacher", "reconstruction-teacher"):
+        record = record_of(capsys, "diagnose", "--checkpoint", path, "--network", network)
+        assert (record["task"], record["network"], record["images"]) == ("diagnose", network, 7)
+        for token in ("class", "mean"):
+            assert record[f"student_vs_labelling-teacher_{token}"] == pytest.approx(1)
+            assert record[f"student_vs_reconstruction-teacher_{token}"] < 1
+            assert 1 <= record[f"effective_rank_{token}"] <= 7
+            assert 0 < record[f"spread_{token}"] <= 1
+        for name, clusters in (("image", 4), ("patch", 16)):
+            assert record[f"{name}_ln_k"] == pytest.approx(math.log(clusters), abs=1e-4)
+            assert 0 <= record[f"{name}_entropy"] <= record[f"{name}_ln_k"]
+            assert 1 <= record[f"{name}_clusters"] <= clusters
+            assert 1 <= record[f"{name}_effective"] <= clusters + 1e-3
+            assert 1 / clusters <= record[f"{name}_largest"] <= 1
+            assert record[f"{name}_student_agrees"] == 1
+            for agreement in ("nmi", "nmi_shuffled", "purity", "purity_shuffled"):
+                assert 0 <= record[f"{name}_{agreement}"] <= 1
+            assert record[f"{name}_purity"] >= 1 / 3
+        assert 0 <= record["patch_nmi_place"] <= 1 and "image_nmi_place" not in record
+
+
+def test_diagnose_tells_pseudo_labels_that_are_classes():
+    """A labelling teacher with a prototype for each class finds pure clusters. A student with other
+    prototypes does not agree with it."""
+    images, ids = some_images(60, torch.arange(60) % 3, "abc"), torch.arange(60)
+    images.pixels[:, 0] = 80 * (torch.arange(60) % 3)[:, None, None]
+    student = Student(**TOY, image_clusters=3)
+    teacher = Teacher(student, heads=True)
+    config = SimpleNamespace(balancing="sinkhorn", teacher_temperature=0.0125)
+    with torch.no_grad():
+        unit = teacher.image_head.project(teacher.encode(inputs(images, ids, torch.float32))[:, 0])
+        for label in range(3):
+            of_class = unit[images.labels == label].mean(0)
+            teacher.image_head.prototypes[label] = of_class - unit.mean(0)
+    found = evaluation.diagnose_labels(student, teacher, config, images, ids, MEAN, STD, CPU)
+    assert found["image_purity"] > 0.9 and found["image_nmi"] > 0.8
+    assert found["image_purity_shuffled"] < 0.6 and found["image_nmi_shuffled"] < 0.2
+    assert found["image_student_agrees"] < 0.9
+    assert not any(name.startswith("patch") for name in found)
+    images.labels[7] = -1                                  # not all have a class: no agreement
+    found = evaluation.diagnose_labels(student, teacher, config, images, ids, MEAN, STD, CPU)
+    assert not any("purity" in name or "nmi" in name for name in found)
+
+
+def test_the_students_labels_are_centred_as_the_teachers_are():
+    """So a student that is its teacher agrees with it."""
+    student, images, ids = Student(**TOY, image_clusters=5), some_images(30), torch.arange(30)
+    teacher = Teacher(student, heads=True)
+    config = SimpleNamespace(balancing="centring", teacher_temperature=0.0125)
+    teacher.centres["image"][[0, 1, 2, 3]] = 3             # scores are 1 at most: only 4 is left
+    found = evaluation.diagnose_labels(student, teacher, config, images, ids, MEAN, STD, CPU)
+    assert found["image_clusters"] == 1 and found["image_student_agrees"] == 1
+    teacher.centres["image"].sub_(3).abs_()                # now 4 is the one that is left out
+    found = evaluation.diagnose_labels(student, teacher, config, images, ids, MEAN, STD, CPU)
+    assert found["image_student_agrees"] == 1
+
+
+def test_diagnose_without_pseudo_labels(small_run, capsys, no_pictures):
+    train.main([*small_run, "--epochs", "0", "--recipe", "mae"])
+    record = record_of(capsys, "diagnose", "--checkpoint", f"{small_run[-1]}/checkpoint.pt")
+    assert record["student_vs_reconstruction-teacher_mean"] == pytest.approx(1)
+    assert not any(name.startswith(("image_", "patch_")) for name in record)
+
+
+# ---------------------------------------------------------------------------------- what is refused
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """Called with flags that cannot be: the one line that eval.py says."""
+    def call(*flags):
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["eval.py"])
+        with pytest.raises(SystemExit) as stop:
+            evaluation.run_main(lambda: evaluation.main([str(flag) for flag in flags]))
+        captured = capsys.readouterr()
+        assert stop.value.code == 2 and captured.err.count("\n") == 1
+        return captured.err
+    return call
+
+
+def test_bad_flags(untrained, tmp_path, refused):
+    knn = ["knn", "--checkpoint", untrained]
+    assert "--device abacus" in refused(*knn, "--device", "abacus")
+    assert "--token class" in refused(*knn, "--network", "pixels", "--token", "class")
+    assert "invalid choice" in refused("dance", "--checkpoint", untrained)
+    assert "--checkpoint" in refused("knn")
+    student, _, _ = load_run(untrained)                    # others' weights, with no settings
+    torch.save(student.mae.encoder.state_dict(), tmp_path / "bare.pt")
+    bare = ["--checkpoint", tmp_path / "bare.pt", "--num-heads", 3, "--device", "cpu"]
+    assert "--data: this checkpoint does not name" in refused("knn", *bare)
+    assert "--data-root: name the folder" in refused("knn", *bare, "--data", "imagefolder")
+    words = refused("knn", *bare, "--network", "untrained")
+    assert "--network untrained: needs a checkpoint of train.py" in words
+    assert not (Path(untrained).parent / "eval.jsonl").exists()
+
+
+def test_bad_folders(untrained, photos, tmp_path, refused):
+    def words(name):
+        return refused("knn", "--checkpoint", untrained, "--data", "imagefolder", "--data-root",
+                       tmp_path / name, "--device", "cpu")
+
+    shutil.copytree(photos, tmp_path / "fewer")
+    shutil.rmtree(tmp_path / "fewer" / "test" / "red")
+    assert "3 classes to train on and 2 to test on, different: red" in words("fewer")
+
+    shutil.copytree(photos / "train" / "red", tmp_path / "flat" / "train")
+    shutil.copytree(photos / "test", tmp_path / "flat" / "test")
+    assert "the training images have no labels" in words("flat")
+
+    for split in ("train", "test"):
+        for name in ("red", "blue"):
+            folder = tmp_path / "few" / split / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                shutil.copy(photos / "train" / name / f"{i}.png", folder)
+    assert "8 labelled training images; at least 10" in words("few")
+
+
+def test_networks_that_are_not_there(small_run, refused, no_pictures):
+    train.main([*small_run, "--epochs", "0", "--recipe", "mae"])
+    run = ["--checkpoint", f"{small_run[-1]}/checkpoint.pt"]
+    words = refused("knn", *run, "--network", "labelling-teacher")
+    assert "it has student, reconstruction-teacher" in words
+    for network in ("pixels", "untrained"):
+        assert "has no pseudo labels" in refused("diagnose", *run, "--network", network)
