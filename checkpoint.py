@@ -40,19 +40,24 @@ def save_checkpoint(path, content):
     write_atomically(path, lambda file: torch.save(content, file))
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, flag="--checkpoint"):
     """The dictionary at `path`, tensors on the CPU. Raises UsageError if there is none or it cannot
     be read."""
     if not Path(path).is_file():
-        raise UsageError(f"--checkpoint {path}: there is no such file (it is checkpoint.pt in the "
-                         "folder of a run)")
+        raise UsageError(f"{flag} {path}: there is no such file (it is checkpoint.pt in the folder "
+                         "of a run)")
     try:
         # official MAE training checkpoints carry their argparse.Namespace, which is plain data too
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UsageError(f"--checkpoint {path}: not a checkpoint that can be read safely "
-                         f"({type(error).__name__})") from error
+        raise UsageError(f"{flag} {path}: not a checkpoint that can be read safely "
+                         f"({type(error).__name__}); use another file") from error
+
+
+def is_of_train(file):
+    """Whether a loaded file is a checkpoint of this train.py."""
+    return isinstance(file, dict) and {"student", "arch", "config"} <= file.keys()
 
 
 def networks_and_optimizer(student, teachers, optimizer):
@@ -71,8 +76,8 @@ def continue_from(path, config, free, mean, images):
     images have the same mean on any machine; images: how many there are."""
     if not Path(path).exists():
         return None
-    saved, out = load_checkpoint(path), f"--out {config['out']}"
-    if not isinstance(saved, dict) or "config" not in saved or "student" not in saved:
+    saved, out = load_checkpoint(path, "--out"), f"--out {config['out']}"
+    if not is_of_train(saved):
         raise UsageError(f"{out}: its checkpoint.pt is not of this train.py; use another --out")
     old = saved["config"]
     differ = [f"{name} was {old.get(name)!r}, now {config.get(name)!r}"
@@ -93,7 +98,7 @@ def load_run(path):
     student: a `Student`; teachers: `Teachers`, None where the run had none; config: its settings,
     with mean and std. Networks are in eval mode, on the CPU, without gradient."""
     file = load_checkpoint(path)
-    if not isinstance(file, dict) or "student" not in file or "arch" not in file:
+    if not is_of_train(file):
         raise UsageError(f"--checkpoint {path}: is not of this train.py, so it has no teachers and "
                          "no pseudo labels; use knn or linear")
     config = SimpleNamespace(**file["config"], mean=file["mean"], std=file["std"])
@@ -157,7 +162,7 @@ def load_encoder(path, num_heads=None, network=None):
     wide: their shapes do not tell. network: one of NETWORKS; None: what the recipe is judged by,
     the student or RC-MAE's teacher."""
     file = load_checkpoint(path)
-    if isinstance(file, dict) and "arch" in file:
+    if is_of_train(file):
         encoder, info = encoder_of_run(path, file, network)
     else:
         if network not in (None, "student"):
@@ -196,8 +201,9 @@ NOT_OF_THE_ENCODER = ("decoder_", "mask_token", "head.")
 
 def encoder_of_others(path, file, num_heads):
     state = file if isinstance(file, dict) else {}
-    for key in ("model", "state_dict"):
-        state = state.get(key, state)
+    for key in ("model", "state_dict"):                    # MAE's and timm's training checkpoints
+        if isinstance(state.get(key), dict):
+            state = state[key]
     lacking = {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} - state.keys()
     if lacking:
         raise UsageError(f"--checkpoint {path}: holds no vision transformer in the names of timm "

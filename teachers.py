@@ -59,6 +59,7 @@ class Teacher(nn.Module):
         for name, head in (("image", self.image_head), ("patch", self.patch_head)):
             if head is not None:
                 self.register_buffer(f"{name}_centre", torch.zeros_like(head.prototypes[:, 0]))
+        self.eval()
 
     @property
     def centres(self):

@@ -206,7 +206,7 @@ class Config:
     masks: int = option(
         1, "masks of a view: more students for one pass of the teachers (data2vec 2.0)",
         range=(1, 64))
-    mask_ratio: float = option(0.75, "share of the patches that is hidden (MAE)")
+    mask_ratio: float = option(0.75, "share of the patches that is masked (MAE)")
     crop: float = option(
         0.35, "smallest area of a random crop, as a share of the image; 1 does not crop (MAE: 0.2)",
         range=(1e-3, 1))
@@ -325,7 +325,7 @@ def check(config):
     N = (H // ph) * (W // pw)
     if not 0 < config.mask_ratio < 1 or not 0 < count_visible(N, config.mask_ratio) < N:
         raise UsageError(f"--mask-ratio {config.mask_ratio}: choose it between 0 and 1 so that of "
-                         f"{N} patches one stays and one is hidden")
+                         f"{N} patches one is visible and one masked")
     numbers = SETS[config.data].channels * ph * pw         # in a patch
     if config.target == "pixels" and config.norm_pix_loss and numbers == 1:
         raise UsageError("--patch-size 1: a patch of one number cannot be standardised; use "

@@ -10,6 +10,8 @@ from torch import distributed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from conftest import TOY_SIZE  # noqa: E402
+
 import train  # noqa: E402
 
 VARIANTS = {recipe: ["--recipe", recipe] for recipe in train.RECIPES} | {
@@ -31,6 +33,7 @@ def main(out, *flags):
 def in_two_processes(out, *flags):
     """All of them in one process group, as gloo cannot soon start another one. No pictures: rank 0
     alone draws these. `mae` computes each step in two micro-batches as well."""
+    train.SIZES["micro"] = TOY_SIZE
     for name in ("curves", "reconstructions", "clusters"):
         setattr(train, name, lambda *args: None)
     VARIANTS["mae"] += ["--accumulate", "2"]

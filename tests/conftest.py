@@ -14,6 +14,7 @@ torch.set_num_threads(1)                   # on tiny tensors a second thread cos
 
 TOY = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=32, depth=2, num_heads=2,
            decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+TOY_SIZE = {name: TOY[name] for name in TOY if name not in ("img_size", "patch_size", "in_chans")}
 TIMES = ("images_per_s", "data_wait", "eta_s")             # keys of the log that differ every time
 
 

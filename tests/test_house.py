@@ -1,7 +1,6 @@
 """Who may import whom: the rooms of the house, and the arrows between them."""
 
 import ast
-import subprocess
 import sys
 
 import pytest
@@ -54,12 +53,3 @@ def test_nothing_imports_extras_or_train():
     for path in (*ROOT.glob("*.py"), *ROOT.glob("utils/*.py")):
         found = {name.split(".")[0] for name in imports(path)}
         assert not found & {"extras", "train"}, path.name
-
-
-def test_mae_needs_torch_alone():
-    """A student copies mae.py into a notebook."""
-    code = "import sys, mae; print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                             check=True).stdout.split()
-    assert "torch" in modules
-    assert not {"torchvision", "PIL", "matplotlib", "utils"} & {m.split(".")[0] for m in modules}

@@ -6,7 +6,7 @@ import math
 import all_recipes
 import pytest
 import torch
-from conftest import TIMES, TOY, run
+from conftest import TIMES, TOY_SIZE, run
 
 import train
 from checkpoint import load_run
@@ -24,9 +24,8 @@ def setting(*flags, dtype=torch.float64):
     """Config, student, teachers, and the views of four images: a batch of `training_step`."""
     config = train.resolve(["--img-size", "16", "--patch-size", "4", "--batch-size", "4",
                             "--image-clusters", "4", "--patch-clusters", "7", *flags])
-    with pytest.MonkeyPatch.context() as patch:            # a toy of a size that has no name
-        wide = TOY | dict(decoder_embed_dim=64)
-        patch.setitem(train.SIZES, "micro", {k: wide[k] for k in train.SIZES["micro"]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.SIZES, "micro", TOY_SIZE | dict(decoder_embed_dim=64))
         student, teachers = train.build(config, 3, torch.device("cpu"), dtype)
     imgs = torch.randn(4 * config.views, 3, 16, 16, dtype=dtype)
     teacher_imgs = imgs
@@ -183,6 +182,14 @@ def test_a_step_in_bf16_is_near_one_in_fp32(name):
 
 
 # --------------------------------------------------------------------------------- whole runs
+
+@pytest.fixture(scope="module", autouse=True)
+def toys():
+    """What is tested here does not depend on the width of the networks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.SIZES, "micro", TOY_SIZE)
+        yield
+
 
 @pytest.fixture(scope="module")
 def flags(small_flags):
