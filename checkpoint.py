@@ -72,8 +72,8 @@ def continue_from(path, config, free, mean, images):
     """The checkpoint of a run to continue, None if there is none.
 
     A run with other settings or other images is refused with what differs; the settings in `free`
-    (device, workers, ...) may. mean: of the pixels, computed from whole numbers, so that the same
-    images have the same mean on any machine; images: how many there are."""
+    (device, workers, ...) may. mean: of the pixels, computed from whole numbers, so that it does
+    not depend on the number of threads; images: how many there are."""
     if not Path(path).exists():
         return None
     saved, out = load_checkpoint(path, "--out"), f"--out {config['out']}"
@@ -173,10 +173,16 @@ def load_encoder(path, num_heads=None, network=None):
     return encoder.eval().requires_grad_(False), transform
 
 
+def kept_network(config):
+    """The name of the network that a run is for, and is judged by. RC-MAE keeps its teacher.
+
+    config: settings as a dictionary."""
+    return "reconstruction-teacher" if config["consistency_weight"] else "student"
+
+
 def encoder_of_run(path, file, network):
     if network is None:
-        judged_by_teacher = file["config"]["consistency_weight"] > 0
-        network = "reconstruction-teacher" if judged_by_teacher else "student"
+        network = kept_network(file["config"])
     if NETWORKS[network] not in file:
         there = [name for name, key in NETWORKS.items() if key in file]
         raise UsageError(f"--network {network}: checkpoint {path} has none; it has "

@@ -38,7 +38,7 @@ from utils.agreement import nmi, purity
 from utils.command_line import Parser, UsageError, run_main
 from utils.devices import choose_device
 from utils.files import append_json
-from utils.pictures import principal_colours, to_pictures
+from utils.pictures import to_pictures
 
 LINEAR_RATES = (0.003, 0.03, 0.3, 3.0)     # learning rates tried, a wide net; validation chooses
 CHUNK = 200                                # images in the memory of the device at a time
@@ -77,11 +77,6 @@ def features(encoder, images, ids, mean, std, device):
         found["class"].append(tokens[:, 0].float().cpu())
         found["mean"].append(tokens[:, 1:].float().mean(1).cpu())
     return {name: torch.cat(parts) for name, parts in found.items()}
-
-
-def kept_network(student, teachers, config):
-    """The encoder that a run is for, and is judged by: the student's, of RC-MAE the teacher's."""
-    return teachers.reconstruction.encoder if config.consistency_weight else student.mae.encoder
 
 
 # ------------------------------------------------------------------------------------ classifiers
@@ -212,6 +207,18 @@ def assign(teacher, config, images, ids, mean, std, device):
     return found
 
 
+def principal_colours(tokens, *others):
+    """The first three principal components of tokens n D as red, green and blue, n 3 in 0..1.
+
+    Returns a list: the colours of tokens, then of each of others (m D), on the same scale."""
+    centre = tokens.mean(0)
+    components = torch.linalg.svd(tokens - centre, full_matrices=False).Vh[:3].T         # D 3
+    ends = torch.tensor([0.02, 0.98], dtype=tokens.dtype, device=tokens.device)
+    low, high = ((tokens - centre) @ components).quantile(ends, dim=0)
+    width = (high - low).clamp(min=1e-12)
+    return [(((x - centre) @ components - low) / width).clamp(0, 1) for x in (tokens, *others)]
+
+
 @torch.no_grad()
 def reconstruct(student, teacher, config, images, ids, noise, mean, std, device):
     """{name of a row: pictures}, of as many of the images at ids, evenly spread, as there are rows
@@ -228,24 +235,24 @@ def reconstruct(student, teacher, config, images, ids, noise, mean, std, device)
     out = student(imgs.to(device, dtype), config.mask_ratio,
                   noise[:len(imgs)].to(device, dtype))
     pred = out["pred"].float().cpu()                                                       # b N P
-    hidden = out["mask"][..., None].cpu() == 1                                             # b N 1
+    masked = out["mask"][..., None].cpu() == 1                                             # b N 1
     patches = patchify(imgs, encoder.patch_size)                                           # b N P
 
     def as_pictures(x):
         return to_pictures(unpatchify(x, encoder.patch_size, encoder.img_size), mean, std)
 
     rows = {"original": as_pictures(patches),
-            "masked": as_pictures(patches.masked_fill(hidden, 0))}         # 0: the mean of the set
+            "masked": as_pictures(patches.masked_fill(masked, 0))}         # 0: the mean of the set
     if config.target == "pixels":
         if config.norm_pix_loss:
             spread = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
             pred = pred * spread + patches.mean(-1, keepdim=True)
-        rows["prediction"] = as_pictures(torch.where(hidden, pred, patches))
+        rows["prediction"] = as_pictures(torch.where(masked, pred, patches))
     else:
         chunks = tokens_in_chunks(teacher.encoder, images, ids, mean, std, device)
         tokens = torch.cat([each[:, 1:].float().cpu() for each in chunks])                 # n N D
         target = standardise(tokens, config.standardise)[chosen]                           # b N D
-        shown = torch.where(hidden, pred, target)
+        shown = torch.where(masked, pred, target)
         colours = principal_colours(target.flatten(0, 1), shown.flatten(0, 1))     # 2 x ((b N) 3)
         for name, each in zip(("teacher's tokens", "prediction"), colours):
             rows[name] = list(each.view(len(imgs), *encoder.grid, 3).numpy())

@@ -41,7 +41,7 @@ def full_precision(x):
     """A context in which products are computed in x's own precision, not in autocast's bf16.
 
     Cosines are divided by temperatures as low as 0.0125. A step of bf16 near 1 is 0.0039, and that
-    becomes 0.31 nats. (On a GPU products in fp32 may use TF32, whose step is an eighth of that.)"""
+    becomes 0.31 nats."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -252,8 +252,7 @@ def koleo(unit, images):
     whose = row % images + images * (row // len(unit))     # the image of each; on each rank others
     mine = whose[rank * len(unit):(rank + 1) * len(unit)]                                    # k B
     same = mine[:, None] == whose                          # k B rows, a column for each of others
-    with full_precision(unit):
-        cosine = unit.detach() @ others.T
+    cosine = unit.detach() @ others.T
     nearest = cosine.masked_fill(same, -2).argmax(1)                                         # k B
     distance = (unit - others[nearest]).norm(dim=1)                                          # k B
     loss = -(distance + 1e-6).log().mean()

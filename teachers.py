@@ -19,8 +19,7 @@ targets to be up to date, or the other way round. That is why there are two teac
 half-lives, and the same input, two teachers are one.
 
 Letters:  B views in the batch, k masks of a view, N patches, V visible ones, D width of the
-encoder,
-          P numbers that are predicted of a patch, K clusters.
+          encoder, P numbers that are predicted of a patch, K clusters.
 """
 
 import copy

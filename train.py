@@ -16,9 +16,8 @@ A *view* of an image is a random crop of it, flipped or not, in changed colours;
 A *micro-batch* is the part of a batch that is computed at once, by one process.
 
 Letters:  B views in the micro-batch (all first views of the images, then all second ones), k masks
-of
-          a view, N patches, D width of the encoder, K clusters, P numbers that are predicted of a
-          patch: D of a token, or those of its pixels.
+          of a view, N patches, D width of the encoder, K clusters, P numbers that are predicted of
+          a patch: D of a token, or those of its pixels.
 """
 
 import dataclasses
@@ -36,9 +35,9 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import continue_from, networks_and_optimizer, save_checkpoint
+from checkpoint import continue_from, kept_network, networks_and_optimizer, save_checkpoint
 from data import SETS, Batches, Images, generator, held_out, load_images, mean_std
-from eval import assign, kept_network, monitor, reconstruct, standardised, subset
+from eval import assign, monitor, reconstruct, standardised, subset
 from mae import SIZES, count_visible, masked_mse, pair, pixel_target
 from pseudo_labels import (
     BALANCING,
@@ -181,8 +180,10 @@ COUNT = (1, math.inf)
 
 @dataclass
 class Config:
-    """Everything that decides a run. Kept in config.json and the checkpoint; each field is a
-    flag."""
+    """Everything that decides a run. Kept in config.json and the checkpoint; each field is a flag.
+
+    Defaults of the method that name no source and are not called "not tuned" were measured, on
+    CIFAR-10 (JPEG) or on shapes: see "Deviations and choices" in the README."""
     recipe: str = option("pl-mae", "row of settings, which flags override", choices=list(RECIPES))
     model: str = option("micro", "size of the encoder and its decoder", choices=list(SIZES))
     data: str = option("shapes", "data set", choices=list(SETS))
@@ -193,7 +194,8 @@ class Config:
     epochs: int = option(
         20, "passes over the training images; 0 writes the untrained network", range=POSITIVE)
     batch_size: int = option(
-        128, "images per optimiser step, of all processes and micro-batches together", range=COUNT)
+        128, "images per optimiser step, of all processes and micro-batches together (not tuned)",
+        range=COUNT)
     img_size: int = option(
         None, "N or HxW; other images are cropped to the centre and resized (default: the data "
         "set's)", size)
@@ -208,8 +210,8 @@ class Config:
         range=(1, 64))
     mask_ratio: float = option(0.75, "share of the patches that is masked (MAE)")
     crop: float = option(
-        0.35, "smallest area of a random crop, as a share of the image; 1 does not crop (MAE: 0.2)",
-        range=(1e-3, 1))
+        0.35, "smallest area of a random crop, as a share of the image; 1 does not crop (not "
+        "tuned; MAE: 0.2)", range=(1e-3, 1))
     colours: float = option(
         1.0, "changes of brightness, contrast, saturation, hue: 0 none (MAE), 1 as in MC-SSL, 5 "
         "any hue", range=(0, 5))
@@ -225,21 +227,21 @@ class Config:
         True, "predict pixels standardised within each patch, not plain ones (MAE)")
     standardise: str = option(
         "feature", "of token targets: within a token, or a feature over the batch, or that per "
-        "position", choices=list(STANDARDISE))
+        "position (not tuned)", choices=list(STANDARDISE))
     consistency_weight: float = option(
         0.0, "weight of RC-MAE's term: predict the pixels that a teacher predicts", range=POSITIVE)
     # the pseudo labels
     image_weight: float = option(
         1.0, "weight of the image pseudo labels (class token); 0 turns them off", range=POSITIVE)
     image_clusters: int = option(
-        64, "clusters (prototypes) of image pseudo labels", range=(2, math.inf))
+        64, "clusters (prototypes) of image pseudo labels (not tuned)", range=(2, math.inf))
     koleo_weight: float = option(
         0.5, "weight of KoLeo beside the image pseudo labels: keeps class tokens of different "
-        "images apart", range=POSITIVE)
+        "images apart (not tuned)", range=POSITIVE)
     patch_weight: float = option(
         0.1, "weight of the patch pseudo labels; 0 turns them off", range=POSITIVE)
     patch_clusters: int = option(
-        128, "clusters (prototypes) of patch pseudo labels", range=(2, math.inf))
+        128, "clusters (prototypes) of patch pseudo labels (not tuned)", range=(2, math.inf))
     labelled_patches: str = option(
         "both", "which patches predict their pseudo label", choices=["visible", "masked", "both"])
     balancing: str = option(
@@ -262,13 +264,13 @@ class Config:
         half_life)
     # the optimiser
     lr: float = option(
-        1e-3, "highest learning rate, for whatever batch (MAE at scale: 1.5e-4 x batch / 256)",
-        range=POSITIVE)
+        1e-3, "highest learning rate, for whatever batch (not tuned; MAE at scale: 1.5e-4 x batch "
+        "/ 256)", range=POSITIVE)
     weight_decay: float = option(
         0.05, "of weight matrices; not of biases, norms, tokens, prototypes (MAE)", range=POSITIVE)
     warmup: float = option(
-        0.05, "share of the run in which the learning rate rises from 0; then a cosine to 0",
-        range=(0, 1))
+        0.05, "share of the run in which the learning rate rises from 0; then a cosine to 0 (not "
+        "tuned)", range=(0, 1))
     clip: float = option(
         3.0, "greatest norm of the gradient; 0 does not clip (not tuned)", range=POSITIVE)
     # the run
@@ -444,25 +446,25 @@ def main(argv=None):
     images, train_ids, val_ids = load_training_images(config, rank, world)
     mean, std = mean_std(images)
 
-    # Student, teachers, optimiser, batches.
-    student, teachers = build(config, images.channels, device, dtype)
-    optimizer = torch.optim.AdamW(parameter_groups(student, config.weight_decay),
-                                  betas=(0.9, 0.95), fused=device.type == "cuda")
-    batches = Batches(
-        images, train_ids, mean, std, seed=config.seed, batch=config.batch_size,
-        patches=student.mae.encoder.num_patches, views=config.views, masks=config.masks,
-        smallest=config.crop, colours=config.colours, teacher_view=config.teacher_view,
-        accumulate=config.accumulate, rank=rank, world=world, device=device, dtype=dtype,
-        workers=config.workers)
-
-    # A run that was cut off continues; the folder of another run is left alone.
-    run = Run(config, images, train_ids, val_ids, mean, std, student, teachers, optimizer, device,
-              rank, batches.steps_per_epoch)
-    resume(run)
-    announce(run, world)
-
-    # The loop.
     with memory_errors_in_one_line(config, device):
+        # Student, teachers, optimiser, batches.
+        student, teachers = build(config, images.channels, device, dtype)
+        optimizer = torch.optim.AdamW(parameter_groups(student, config.weight_decay),
+                                      betas=(0.9, 0.95), fused=device.type == "cuda")
+        batches = Batches(
+            images, train_ids, mean, std, seed=config.seed, batch=config.batch_size,
+            patches=student.mae.encoder.num_patches, views=config.views, masks=config.masks,
+            smallest=config.crop, colours=config.colours, teacher_view=config.teacher_view,
+            accumulate=config.accumulate, rank=rank, world=world, device=device, dtype=dtype,
+            workers=config.workers)
+
+        # A run that was cut off continues; the folder of another run is left alone.
+        run = Run(config, images, train_ids, val_ids, mean, std, student, teachers, optimizer,
+                  device, rank, batches.steps_per_epoch)
+        resume(run)
+        announce(run, world, "bf16" if bf16 else str(dtype).removeprefix("torch."))
+
+        # The loop.
         if run.start == 0:
             evaluate_and_save(run, 0)
         train(run, batches, torch.autocast(device.type, torch.bfloat16, enabled=bf16))
@@ -486,6 +488,7 @@ def train(run, batches, autocast):
             group["lr"] = lr
 
         for micro in range(config.accumulate):
+            loss = terms = labels = targets = views = None # free the memory of those before
             asked = time.perf_counter()
             views = next(stream)
             meter.waited += time.perf_counter() - asked
@@ -510,9 +513,10 @@ def train(run, batches, autocast):
             record |= {f"{name}_momentum": m for name, m in momenta.items()}
             record |= {"lr": lr, "grad_norm": norm.item()} | meter.speed(run, done)
             if not math.isfinite(record["loss"] + record["grad_norm"]):
-                sys.exit(f"train.py: the loss is {record['loss']}, the gradient "
-                         f"{record['grad_norm']} at step {done}. The last checkpoint is intact; "
-                         "try a lower --lr, with another --out")
+                run.say(f"train.py: the loss is {record['loss']}, the gradient "
+                        f"{record['grad_norm']} at step {done}. The last checkpoint is intact; "
+                        "try a lower --lr, with another --out")
+                sys.exit(1)
             if run.rank == 0:
                 append_json(run.out / "metrics.jsonl", record)
             run.say(line(record))
@@ -538,6 +542,7 @@ def prepare(run):
         called = torch.compile(called, dynamic=False)
         for teacher in run.teachers.named().values():
             teacher.encode = torch.compile(teacher.encode, dynamic=False)
+            teacher.forward = torch.compile(teacher.forward, dynamic=False)
     return called
 
 
@@ -583,7 +588,10 @@ def describe_targets(targets, config):
     if config.target != "tokens":
         return {}
     constant, share = between_images(targets["rec"])
-    return {"rec_constant": constant.item(), "rec_between": share.item()}
+    found = {"rec_constant": constant.item()}
+    if config.standardise != "position":                   # which leaves nothing but differences
+        found["rec_between"] = share.item()                # between images
+    return found
 
 
 # ------------------------------------------------------------------------- around the loop
@@ -615,9 +623,10 @@ def memory_errors_in_one_line(config, device):
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         raise UsageError(
-            f"--batch-size {config.batch_size}: too large for the memory of {device}; raise "
+            f"--batch-size {config.batch_size}: the memory of {device} is too small; raise "
             f"--accumulate (now {config.accumulate}), which computes a step in more and smaller "
-            "micro-batches, or lower --batch-size") from error
+            "micro-batches, or lower --batch-size; --resident-gb 0 keeps image files out of it"
+        ) from error
 
 
 def resume(run):
@@ -626,6 +635,8 @@ def resume(run):
     saved = continue_from(path, settings, FREE, run.mean, len(run.images))
     if saved:
         run.start = saved["step"]
+        for group in saved["optimizer"]["param_groups"]:   # the device may be another one now
+            group["fused"] = run.device.type == "cuda"
         for key, part in networks_and_optimizer(run.student, run.teachers, run.optimizer).items():
             part.load_state_dict(saved[key])
     if run.rank == 0:
@@ -636,7 +647,7 @@ def resume(run):
         truncate_log(run.out / "metrics.jsonl", run.start or -1)
 
 
-def announce(run, world):
+def announce(run, world, precision):
     """What is about to happen, on the screen."""
     config, encoder = run.config, run.student.mae.encoder
     for name, samples, K in samples_and_clusters(config):
@@ -647,7 +658,8 @@ def announce(run, world):
     parameters = sum(p.numel() for p in run.student.parameters()) / 1e6
     classes = len(run.images.classes)
     run.say(f"{config.recipe}, {config.model} ({parameters:.1f} M parameters), "
-            f"{encoder.grid[0]} x {encoder.grid[1]} patches; {run.device}, {world} process(es)")
+            f"{encoder.grid[0]} x {encoder.grid[1]} patches; {run.device}, {precision}, "
+            f"{world} process(es)")
     run.say(f"{config.data}: {len(run.train_ids)} images to train on, {len(run.val_ids)} held out; "
             + (f"{classes} classes, for evaluation alone" if classes else
                "no classes (subfolders of DIR/train are classes)") + f"; {run.images.kept}")
@@ -661,8 +673,9 @@ def evaluate_and_save(run, step):
         return
     config, encoder = run.config, run.student.mae.encoder
     with alone():
-        found = monitor(kept_network(run.student, run.teachers, config), run.images, run.train_ids,
-                        run.val_ids, run.mean, run.std, run.device)
+        by_teacher = kept_network(vars(config)) == "reconstruction-teacher"
+        kept = run.teachers.reconstruction.encoder if by_teacher else encoder
+        found = monitor(kept, run.images, run.train_ids, run.val_ids, run.mean, run.std, run.device)
         append_json(run.out / "metrics.jsonl",
                     {"step": step, "epoch": step / run.steps_per_epoch} | found)
         parts = networks_and_optimizer(run.student, run.teachers, run.optimizer)

@@ -2,8 +2,8 @@
 
 Fake tensors have shapes and devices, but no numbers. So mixing devices raises, and so does every
 read by the host (`.item()`, `if tensor:`), which on a GPU would make it wait in every step. What
-this cannot see: backward, autocast, and copies from pageable memory (`torch.tensor(list,
-device=...)`), which make the host wait as well.
+this cannot see: backward, autocast, devices mixed in a `torch._foreach_` call, and copies from
+pageable memory (`torch.tensor(list, device=...)`), which make the host wait as well.
 """
 
 import all_recipes
@@ -44,9 +44,9 @@ def step_on_a_played_gpu(*flags):
         numbers = {name: values.to(GPU)
                    for name, values in draw(0, 0, 4, config.views, config.masks, 16).items()}
         views = batches.augment(numbers, pixels[:, None])
-        with GPU:
+        with GPU:                          # not by `train.build`: fake modules do not move by .to()
             student = train.Student(**arch)
-            teachers = train.make_teachers(student, config)
+        teachers = train.make_teachers(student, config)
         loss, terms, labels, targets = train.training_step(student, teachers, views, config)
         meter = train.Meter(0)
         meter.add(loss, terms, labels, 1)
@@ -65,7 +65,7 @@ def test_no_device_is_mixed_and_no_value_is_read(name, balancing):
     step_on_a_played_gpu("--recipe", name, "--balancing", balancing)
 
 
-@pytest.mark.parametrize("name", all_recipes.VARIANTS.keys() - train.RECIPES.keys())
+@pytest.mark.parametrize("name", [n for n in all_recipes.VARIANTS if n not in train.RECIPES])
 def test_nor_in_any_other_variant(name):
     step_on_a_played_gpu(*all_recipes.VARIANTS[name])
 
@@ -143,6 +143,7 @@ def test_the_right_device_is_chosen(machine, name, there, want):
     ("cuda:1", dict(gpus=2, local_rank=0, processes=2), "use --device cuda"),
     ("cuda", dict(gpus=2, local_rank=0, processes=3), "--nproc-per-node: use 2 or fewer"),
     ("abacus", dict(), "--device abacus"),
+    ("meta", dict(), "--device meta"),
 ])
 def test_a_device_that_is_not_there_is_refused(machine, name, there, words):
     machine(**there)
@@ -160,13 +161,32 @@ def test_the_device_is_chosen_before_processes_meet_and_tensors_are_made(monkeyp
 
     def start(device):
         order.append("processes")
+        return 0, 1
+
+    def make(*args):
+        order.append("tensors")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "choose_device", choose)
     monkeypatch.setattr(train, "start_processes", start)
+    for name in ("load_images", "build", "mean_std"):
+        monkeypatch.setattr(train, name, make)
     with pytest.raises(KeyboardInterrupt):
         train.main(["--recipe", "mae"])
-    assert order == ["device", "processes"]
+    assert order == ["device", "processes", "tensors"]
+
+
+def test_each_process_binds_its_gpu_and_mps_has_one_process(monkeypatch):
+    met = []
+    monkeypatch.setattr(torch.distributed, "init_process_group",
+                        lambda backend, timeout, device_id: met.append((backend, device_id)))
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert devices.start_processes(torch.device("cuda", 1)) == (3, 4)
+    assert devices.start_processes(torch.device("cpu")) == (3, 4)
+    assert met == [("nccl", torch.device("cuda", 1)), ("gloo", None)]
+    with pytest.raises(UsageError, match="without torchrun"):
+        devices.start_processes(torch.device("mps"))
 
 
 @pytest.mark.parametrize("name, device, bf16_there, want", [
@@ -179,7 +199,6 @@ def test_the_device_is_chosen_before_processes_meet_and_tensors_are_made(monkeyp
 ])
 def test_precision(monkeypatch, name, device, bf16_there, want):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16_there)
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
     assert devices.choose_precision(name, torch.device(device)) == want
 
 

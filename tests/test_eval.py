@@ -13,7 +13,7 @@ from PIL import Image
 
 import eval as evaluation
 import train
-from checkpoint import load_run, to_official
+from checkpoint import kept_network, load_run, to_official
 from data import Images
 from mae import patchify
 from pseudo_labels import Student, plain_norm, sinkhorn
@@ -223,6 +223,13 @@ def test_one_head_assigns_one_kind():
 
 # -------------------------------------------------------------------------------------- reconstruct
 
+def test_principal_colours_are_on_one_scale():
+    tokens = torch.randn(50, 8, dtype=torch.float64)
+    colours, others = evaluation.principal_colours(tokens, tokens[:7])
+    assert colours.shape == (50, 3) and 0 <= colours.min() and colours.max() <= 1
+    torch.testing.assert_close(others, colours[:7])
+
+
 @pytest.mark.parametrize("how", ["feature", "position", "token", "none"])
 def test_token_targets_of_the_picture_are_standardised_over_all_images(monkeypatch, how):
     """Over all that are given, as in training over a batch; not over the few that are shown."""
@@ -337,12 +344,11 @@ def test_rc_mae_is_judged_by_its_teacher(small_run, capsys, no_pictures):
     path = f"{small_run[-1]}/checkpoint.pt"
     assert record_of(capsys, "knn", "--checkpoint", path)["network"] == "reconstruction-teacher"
     student, teachers, config = load_run(path)
-    kept = evaluation.kept_network(student, teachers, config)
-    assert kept is teachers.reconstruction.encoder
     judged, _ = load(path, None)
-    assert torch.equal(judged.norm.weight, kept.norm.weight)
-    config.consistency_weight = 0.0
-    assert evaluation.kept_network(student, teachers, config) is student.mae.encoder
+    assert torch.equal(judged.norm.weight, teachers.reconstruction.encoder.norm.weight)
+    assert not torch.equal(judged.norm.weight, student.mae.encoder.norm.weight)
+    assert kept_network(vars(config)) == "reconstruction-teacher"
+    assert kept_network({"consistency_weight": 0.0}) == "student"
 
 
 def test_others_weights_can_be_judged(untrained, photos, tmp_path, capsys):

@@ -12,7 +12,7 @@ from data import Batches, load_images
 from mae import VisionTransformer
 from utils import images
 from utils.command_line import UsageError
-from utils.images import IMAGENET_MEAN, IMAGENET_STD, fit, image_transform
+from utils.images import IMAGENET_MEAN, IMAGENET_STD, decode, fit, image_transform
 
 
 def only_batch(set_of_images):
@@ -92,3 +92,14 @@ def test_transform_of_an_encoder_is_what_training_reads(photos, tmp_path):
     wide = image_transform((8, 16), 1, [0.0], [1.0])(Image.open(kept.paths[0]))
     again = load_images("imagefolder", photos, "test", (8, 16), 1).pixels[0]
     torch.testing.assert_close(wide, again / 255)
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+def test_broken_exif_data_say_nothing(tmp_path, suffix):
+    """The picture is read as it is stored."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 20, 3), np.uint8)
+    for name, more in (("plain", {}), ("broken", {"exif": b"Exif\x00\x00nonsense"})):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.{suffix}", **more)
+    plain, broken = (decode(tmp_path / f"{name}.{suffix}", (16, 20), 3)
+                     for name in ("plain", "broken"))
+    assert torch.equal(plain, broken)

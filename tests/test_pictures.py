@@ -73,13 +73,6 @@ def test_mosaic_magnifies_to_the_largest():
     assert (sheet[9:, :8] == 0.5).all() and (sheet[9:, 9:] == 1).all()
 
 
-def test_principal_colours_are_on_one_scale():
-    tokens = torch.randn(50, 8, dtype=torch.float64)
-    colours, others = pictures.principal_colours(tokens, tokens[:7])
-    assert colours.shape == (50, 3) and 0 <= colours.min() and colours.max() <= 1
-    torch.testing.assert_close(others, colours[:7])
-
-
 def records(labels):
     """The log of a run of two lines and two looks."""
     log = [dict(step=step, epoch=step / 4, knn_class=0.3, knn_mean=0.4) for step in (0, 8)]

@@ -146,10 +146,12 @@ def test_workers_do_not_change_a_run(small_flags, tmp_path, no_pictures):
 
 
 @pytest.mark.slow
-def test_compiled_equals_not_compiled(small_flags, tmp_path, no_pictures):
+@pytest.mark.parametrize("recipe", ["pl-mae", "rc-mae"])
+def test_compiled_equals_not_compiled(small_flags, tmp_path, no_pictures, recipe):
     """On the CPU, in float64, so that another order of adding up does not show."""
     for name, more in (("plain", []), ("compiled", ["--compile"])):
-        train.main([*small_flags, "--precision", "fp64", "--out", str(tmp_path / name), *more])
+        train.main([*small_flags, "--precision", "fp64", "--recipe", recipe,
+                    "--out", str(tmp_path / name), *more])
     logs = [[r["loss"] for r in read_json_lines(tmp_path / name / "metrics.jsonl") if "loss" in r]
             for name in ("plain", "compiled")]
     assert logs[0] == pytest.approx(logs[1], rel=1e-8) and len(logs[0]) == 12

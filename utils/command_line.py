@@ -25,13 +25,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message):
-    """Print the one line; return the exit code of a usage error. Of several processes only the
-    first prints. A DataLoader worker hands its error on as a traceback: the last line says what it
-    is."""
+    """Print the one line; return the exit code of a usage error.
+
+    A DataLoader worker hands its error on as a traceback: the last line says what it is. Of several
+    processes each prints, as an error may be of one of them alone."""
     line = str(message).strip().splitlines()[-1]
     line = line.removeprefix(f"{UsageError.__module__}.{UsageError.__qualname__}: ")
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    process = "" if rank == "0" else f" (process {rank})"
+    print(f"{Path(sys.argv[0]).name}: error: {line}{process}", file=sys.stderr)
     return 2
 
 

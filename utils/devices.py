@@ -22,6 +22,8 @@ def choose_device(name):
         device = torch.device(name)
         if device.type == "cuda":
             return choose_gpu(name, device.index)
+        if device.type not in ("cpu", "mps"):
+            raise UsageError(f"--device {name}: use auto, cpu, cuda, cuda:1 or mps")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {name}: not to be had here; --device cpu always is") from error
@@ -51,9 +53,12 @@ def choose_gpu(name, index):
 def start_processes(device):
     """Join the other processes of a torchrun, if there are any -> rank, number of processes."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and device.type == "mps":
+        raise UsageError("--device mps: works in one process only; start train.py without torchrun")
     if world > 1:                          # the long timeout: rank 0 may download while others wait
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(hours=2))
+        gpu = device if device.type == "cuda" else None
+        distributed.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2),
+                                       device_id=gpu)
     return rank, world
 
 
@@ -61,8 +66,6 @@ def choose_precision(name, device):
     """--precision -> dtype of the weights, and whether the networks compute in bf16 (autocast)."""
     if name == "fp64" and device.type == "mps":
         raise UsageError("--precision fp64: not to be had on mps; use --device cpu")
-    if device.type == "cuda":              # fp32 products on tensor cores, where these know TF32
-        torch.set_float32_matmul_precision("high")
     bf16 = name == "bf16" or (name == "auto" and device.type == "cuda"
                               and torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.float64 if name == "fp64" else torch.float32, bf16

@@ -1,5 +1,6 @@
 """Image files as tensors of one size and number of channels."""
 
+import struct
 import warnings
 
 import torch
@@ -21,11 +22,20 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 def convert(image, channels, name="image"):
     """A PIL image with 1 or 3 channels of 8 bits, turned upright.
 
-    Cameras store the picture as the sensor saw it and note in the EXIF orientation how it was
-    held. All images of training, evaluation and `image_transform` pass through here."""
+    All images of training, evaluation and `image_transform` pass through here."""
     if image.mode[0] in "IF":                  # Pillow would cut these off at 255
         raise UsageError(f"{name} has more than 8 bits a channel; convert it to 8")
-    return ImageOps.exif_transpose(image).convert({1: "L", 3: "RGB"}[channels])
+    return upright(image).convert({1: "L", 3: "RGB"}[channels])
+
+
+def upright(image):
+    """Cameras store a picture as the sensor saw it, and note in its EXIF data how they were
+    held."""
+    image.load()                               # what is wrong with the pixels is an error
+    try:
+        return ImageOps.exif_transpose(image)
+    except (SyntaxError, ValueError, KeyError, struct.error):      # of EXIF data that are broken:
+        return image                                               # they say nothing
 
 
 def open_image(path, channels):

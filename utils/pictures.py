@@ -121,18 +121,6 @@ def to_pictures(imgs, mean, std):
     return list(imgs.permute(0, 2, 3, 1).numpy())
 
 
-def principal_colours(tokens, *others):
-    """The first three principal components of tokens n D as red, green and blue, n 3 in 0..1.
-
-    Returns a list: the colours of tokens, then of each of others (m D), on the same scale."""
-    centre = tokens.mean(0)
-    components = torch.linalg.svd(tokens - centre, full_matrices=False).Vh[:3].T         # D 3
-    ends = torch.tensor([0.02, 0.98], dtype=tokens.dtype, device=tokens.device)
-    low, high = ((tokens - centre) @ components).quantile(ends, dim=0)
-    width = (high - low).clamp(min=1e-12)
-    return [(((x - centre) @ components - low) / width).clamp(0, 1) for x in (tokens, *others)]
-
-
 def mosaic(axis, rows, gap=0.08):
     """Draw rows, {name: pictures}, into an axis. gap: between pictures, as a share of their size.
 
