@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Encoders: small, base and large are the ViTs of Dosovitskiy et al. 2021, tiny is that of DeiT,
-# micro is ours, for CPUs. Decoders: those of base and large are MAE's, the narrower ones are ours.
+# Encoders: base and large are the ViTs of Dosovitskiy et al. 2021, tiny and small those of DeiT
+# (Touvron et al. 2021), micro is ours, for CPUs. Decoders: those of base and large are MAE's, the
+# narrower ones are ours.
 SIZES = {
     "micro": dict(embed_dim=96, depth=4, num_heads=3,
                   decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=2),
@@ -227,7 +228,7 @@ class PatchEmbed(nn.Module):
 
 def init_weights(module):
     """MAE's initialisation: Xavier-uniform matrices, zero biases. The patch convolution counts as a
-    matrix."""
+    matrix. (MAE leaves that one's bias at PyTorch's default; here it is zero too.)"""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
         nn.init.zeros_(module.bias)

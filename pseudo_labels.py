@@ -5,15 +5,20 @@ to predict. Nobody says what the clusters should be: no true class is used anywh
     labels    the teacher's softmax(scores / low temperature), balanced over the batch: q    S K
     loss      cross-entropy of the student's p = softmax(scores / temperature):  − Σ_k q_k log p_k
 
-Each cluster has a *prototype*, a learned unit vector; a token belongs to the cluster whose
-prototype is nearest. *Image pseudo labels* are made of the class token, *patch pseudo labels* of
-each patch token. (Nandam et al. 2024 say: pseudo labels of the class token and of the data tokens.)
+Each cluster has a *prototype*, a learned unit vector: the nearer a token is to it, the higher the
+score. *Image pseudo labels* are made of the class token, *patch pseudo labels* of each patch token.
+(Nandam et al. 2024 say: pseudo labels of the class token and of the data tokens.)
 
-There are two ways to learn nothing. All tokens may gather in one cluster: the loss is then 0.
-*Balancing* forbids that, in one of three ways. `sinkhorn` gives all clusters like shares of each
-batch. `centring` subtracts from each cluster its running mean score. ME-MAX leaves the labels alone
-and rewards a student whose mean prediction is uniform. Or the student predicts 1/K for everything:
-the loss is then ln K. It is logged beside the losses of pseudo labels, as the line to get below.
+There are two ways to learn nothing:
+
+    one cluster for all    predicted at almost no loss. *Balancing* the labels forbids it, in one of
+                           three ways. `sinkhorn` gives all clusters like shares of each batch.
+                           `centring` subtracts from each cluster its running mean score. ME-MAX
+                           leaves the labels alone and rewards a student whose mean prediction is
+                           uniform.
+    1/K for everything     a loss of ln K, which is logged beside the losses of pseudo labels as the
+                           line to get below. `koleo` keeps the tokens of different images apart, so
+                           that there is more to predict.
 
 To skip at first reading: `centring`, `me_max`, and *ranks* (the processes of a run on several GPUs;
 each holds a part of the batch, and what is a sum over the batch is summed over ranks).
@@ -60,8 +65,8 @@ class Head(nn.Module):
         for width_in, width_out in zip(widths, widths[1:]):
             layers += [nn.Linear(width_in, width_out), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])             # no GELU at the end
-        # Only their directions count. But a step of the optimiser turns a short vector further than
-        # a long one: they start with length 1, as SwAV keeps them.
+        # Only their directions count, but a step of the optimiser turns a short vector further than
+        # a long one. So they start with length 1. (SwAV sets them back to it after every step.)
         self.prototypes = nn.Parameter(F.normalize(torch.randn(clusters, bottleneck), dim=1))
         self.mlp.apply(init_weights)
 
@@ -112,24 +117,24 @@ class Student(nn.Module):
         pred     (k B) N P          what the decoder predicts of each patch: pixels, or a token
         patch    (k B) N K          scores of the patches"""
         k = len(noise) // len(imgs)
-        imgs = imgs.repeat(k, 1, 1, 1)                                               # k B C H W
-        z, mask, ids_restore = self.mae.forward_encoder(imgs, mask_ratio, noise)     # k B 1+V D
+        imgs = imgs.repeat(k, 1, 1, 1)                                               # (k B) C H W
+        z, mask, ids_restore = self.mae.forward_encoder(imgs, mask_ratio, noise)     # (k B) 1+V D
         out = {"mask": mask}
         if self.image_head is not None:
             out["unit"] = self.image_head.project(z[:, 0])
-            out["image"] = self.image_head.compare(out["unit"])                      # k B K
+            out["image"] = self.image_head.compare(out["unit"])                      # (k B) K
         if self.mae.decoder is not None:
-            states = self.mae.forward_decoder(z, ids_restore)                        # k B N d
-            out["pred"] = self.mae.decoder.pred(states)                              # k B N P
+            states = self.mae.forward_decoder(z, ids_restore)                        # (k B) N d
+            out["pred"] = self.mae.decoder.pred(states)                              # (k B) N P
         if self.patch_head is not None:
             # The label of a visible patch is predicted from the encoder's token; of a masked one
             # from the decoder's state, as the encoder has no token of it. The norm brings both to
-            # one scale.
+            # one scale, so that one head serves both.
             nothing = z.new_zeros(1, 1, z.shape[-1])
-            visible = restore_tokens(z[:, 1:], ids_restore, fill=nothing)            # k B N D
-            masked = self.decoder_label(states)                                      # k B N D
-            y = torch.where(mask[..., None] == 1, masked, visible)                   # k B N D
-            out["patch"] = self.patch_head(plain_norm(y))                            # k B N K
+            visible = restore_tokens(z[:, 1:], ids_restore, fill=nothing)            # (k B) N D
+            masked = self.decoder_label(states)                                      # (k B) N D
+            y = torch.where(mask[..., None] == 1, masked, visible)                   # (k B) N D
+            out["patch"] = self.patch_head(plain_norm(y))                            # (k B) N K
         return out
 
 
@@ -208,21 +213,21 @@ def swap_views(labels, views):
 def label_loss(scores, labels, temperature=0.1):
     """Cross-entropy of each sample: the student's scores ... K, labels ... K -> ..., in nats.
 
-    Between the entropy of the label and infinity. Temperature as in iBOT and MC-SSL."""
+    At least the entropy of the label. Temperature as in iBOT and MC-SSL."""
     return -(labels * F.log_softmax(scores / temperature, dim=-1)).sum(-1)
 
 
 def image_label_loss(scores, labels, temperature=0.1):
-    """Scores of class tokens B K against image pseudo labels B K: a number."""
+    """Scores of class tokens (k B) K against image pseudo labels (k B) K: a number."""
     return label_loss(scores, labels, temperature).mean()
 
 
 def patch_label_loss(scores, labels, mask, which="both", temperature=0.1):
-    """Scores of patches B N K against patch pseudo labels B N K: a number.
+    """Scores of patches (k B) N K against patch pseudo labels (k B) N K: a number.
 
-    mask: B N, 1 masked; some of both in it. which: the mean over the "masked" patches, over the
+    mask: (k B) N, 1 masked; some of both in it. which: the mean over the "masked" patches, over the
     "visible" ones, or ("both") the mean of these two means."""
-    loss = label_loss(scores, labels, temperature)                                           # B N
+    loss = label_loss(scores, labels, temperature)                                     # (k B) N
     masked = (loss * mask).sum() / mask.sum()
     visible = (loss * (1 - mask)).sum() / (1 - mask).sum()
     return {"masked": masked, "visible": visible, "both": (masked + visible) / 2}[which]
@@ -241,20 +246,20 @@ def koleo(unit, images):
     """Mean over class tokens of -log of the distance to the nearest one of another image
     (Sablayrolles et al. 2019; DINOv2). The nearest one gets no gradient.
 
-    unit: (k B) bottleneck, of the image head. Row i is of image i % images: with 2 images in 2
-    views the rows are of images 0 1 0 1. Tokens of all ranks are neighbours.
+    unit: (k B) bottleneck, of the image head. images: how many there are of them; row i is of image
+    i % images, so with 2 images in 2 views the rows are of images 0 1 0 1.
 
     It spreads the tokens of different images over the sphere. Without it the labels of a fresh
     network stay vague: its tokens lie close together, all scores are alike, and predicting 1/K is
     nearly right."""
-    others, rank = gather_over_ranks(unit)                 # all ranks' rows, without gradient
-    row = torch.arange(len(others), device=unit.device)
-    whose = row % images + images * (row // len(unit))     # the image of each; on each rank others
-    mine = whose[rank * len(unit):(rank + 1) * len(unit)]                                    # k B
-    same = mine[:, None] == whose                          # k B rows, a column for each of others
-    cosine = unit.detach() @ others.T
-    nearest = cosine.masked_fill(same, -2).argmax(1)                                         # k B
-    distance = (unit - others[nearest]).norm(dim=1)                                          # k B
+    units, rank = gather_over_ranks(unit)                  # of all ranks, without gradient
+    row = torch.arange(len(units), device=unit.device)
+    image = row % images + images * (row // len(unit))     # of each row; no two ranks share one
+    own = image[rank * len(unit):(rank + 1) * len(unit)]                                     # (k B)
+    same = own[:, None] == image                           # (k B) rows, a column for each of units
+    cosine = unit.detach() @ units.T
+    nearest = cosine.masked_fill(same, -2).argmax(1)                                         # (k B)
+    distance = (unit - units[nearest]).norm(dim=1)                                           # (k B)
     loss = -(distance + 1e-6).log().mean()
     return loss * (~same).any()                            # 0 where there is no other image
 

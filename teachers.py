@@ -1,7 +1,8 @@
 """Two teachers: exponential moving averages (EMA) of the student, one for pseudo labels, one for
 what the decoder predicts.
 
-    labelling teacher         encoder and heads   sees the whole view, makes the pseudo labels
+    labelling teacher         encoder and heads   sees the whole view, nothing masked, and makes the
+                                                  pseudo labels
     reconstruction teacher    encoder             sees the whole view; its patch tokens are what the
                                                   decoder predicts
 
@@ -71,7 +72,9 @@ class Teacher(nn.Module):
         return self.encoder(imgs)
 
     def forward(self, imgs, mask_ratio, noise):
-        """Views B C H W under the masks of noise (k B) N -> the decoder's prediction, (k B) N P."""
+        """RC-MAE's teacher alone: it sees masked views, as the student does.
+
+        Views B C H W under the masks of noise (k B) N -> what its decoder predicts, (k B) N P."""
         imgs = imgs.repeat(len(noise) // len(imgs), 1, 1, 1)
         ids_keep, _, ids_restore = random_masking(noise, mask_ratio)
         latent = self.encoder(imgs, ids_keep)                                      # (k B) 1+V D
@@ -138,7 +141,7 @@ def half_life(text):
     if text.count(":") > 1:
         raise ValueError(text)
     for part in text.split(":"):
-        h = in_steps(part, 100)
+        h = in_steps(part, 100)            # of a run of 100 steps "1%" is 1
         # "0.01" is refused: it is easily meant as a share of the run, which is written "1%"
         possible = 0 <= h <= 100 if part.endswith("%") else h == 0 or h >= 1
         if not possible:
@@ -166,7 +169,8 @@ def momentum(step, total, half_life):
 
 @torch.no_grad()
 def standardise(tokens, how):
-    """The reconstruction teacher's tokens B N D as targets B N D: mean 0 and variance 1
+    """The reconstruction teacher's tokens B N D as targets B N D, mean 0 and variance 1 (but for
+    "none")
 
     token      within each token, over its D features (LayerNorm without parameters; data2vec, SdAE)
     feature    of each feature, over the tokens of the micro-batch on all ranks

@@ -12,7 +12,8 @@ a run that was cut off.
 Read `training_step` first. It is the method; what it calls stands in mae.py, pseudo_labels.py and
 teachers.py.
 
-A *view* of an image is a random crop of it, flipped or not, in changed colours; an image gives two.
+A *view* of an image is a random crop of it, perhaps flipped and in changed colours; an image gives
+two, or one.
 A *micro-batch* is the part of a batch that is computed at once, by one process.
 
 Letters:  B views in the micro-batch (all first views of the images, then all second ones), k masks
@@ -91,11 +92,11 @@ def training_step(student, teachers, views, config):
     used."""
     labels, targets = {}, {}
     with torch.no_grad():
-        # 1  The labelling teacher sees whole views and makes pseudo labels.
+        # 1  The labelling teacher sees whole views, nothing masked, and makes pseudo labels.
         if teachers.labelling is not None:
             tokens = teachers.labelling.encode(views.teacher)                        # B 1+N D
             labels = make_labels(teachers.labelling, tokens, config)
-        if "image" in labels:                              # crop 1 predicts the label of crop 2
+        if "image" in labels:                              # view 1 predicts the label of view 2
             labels["image"] = swap_views(labels["image"], config.views)
 
         # 2  What the decoder predicts: the reconstruction teacher's tokens; or the pixels of the
@@ -103,7 +104,7 @@ def training_step(student, teachers, views, config):
         if config.target == "tokens":
             if teachers.reconstruction is not teachers.labelling:
                 tokens = teachers.reconstruction.encode(views.teacher)               # B 1+N D
-            targets["rec"] = standardise(tokens[:, 1:], config.standardise)          # B N D
+            targets["rec"] = standardise(tokens[:, 1:], config.standardise)     # B N P, P = D
         elif config.target == "pixels":
             targets["rec"] = pixel_target(
                 views.student, config.patch_size, config.norm_pix_loss)              # B N P
