@@ -121,7 +121,11 @@ def load_images(name, root, split, size=None, channels=None, resident_gb=4.0):
 
 
 def torchvision_set(make, root, **which):
-    """A data set of torchvision, downloaded if it is not under root yet."""
+    """A data set of torchvision, downloaded if it is not under root yet.
+
+    A download that fails leaves no empty folders."""
+    root = Path(root)
+    before = {root, *root.rglob("*")} if root.exists() else set()
     try:
         return make(root, download=False, **which)
     except (RuntimeError, OSError):            # how torchvision says "not found"
@@ -129,6 +133,9 @@ def torchvision_set(make, root, **which):
     try:
         return make(root, download=True, **which)
     except (OSError, RuntimeError) as error:
+        for path in sorted({root, *root.rglob("*")} - before, reverse=True):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
         reason = str(error).strip().splitlines()[0][:120]
         raise UsageError(f"--data-root {root}: the data set is not there and its download failed "
                          f"({reason}); put torchvision's files there by hand") from error
@@ -142,7 +149,8 @@ def folder(root, split, size, channels, resident_gb):
     base = base_folder(root, split)
     paths = sorted(path for path in base.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
     if not paths:
-        raise UsageError(f"--data-root {root}: no images in {base} ({', '.join(IMG_EXTENSIONS)})")
+        raise UsageError(f"--data-root {root}: no images in {base} ({', '.join(IMG_EXTENSIONS)}); "
+                         "name the folder that holds them")
 
     labels, classes = torch.full((len(paths),), -1), []
     if base != root:
@@ -178,8 +186,8 @@ def base_folder(root, split):
     for name in ("test", "val"):
         if name in found:
             return root / name
-    raise UsageError(f"--data-root {root}: has neither test/<class>/* nor val/<class>/* "
-                     "to evaluate on")
+    raise UsageError(f"--data-root {root}: has neither test/<class>/* nor val/<class>/* to "
+                     "evaluate on; put some images of each class there")
 
 
 def held_out(images, fraction):

@@ -137,15 +137,18 @@ def make_teachers(student, config):
 def half_life(text):
     """A half-life as it is written in a setting: "1%" of the run, "30" steps, "inf" for a teacher
     that never changes, "0" for one that copies the student. "173:inf" goes from the first to the
-    last of these. Returns the text; raises ValueError for anything else."""
-    if text.count(":") > 1:
-        raise ValueError(text)
+    last of these. Returns the text; raises ValueError, with what to write, for anything else."""
+    possible = text.count(":") <= 1
     for part in text.split(":"):
-        h = in_steps(part, 100)            # of a run of 100 steps "1%" is 1
+        try:
+            h = in_steps(part, 100)        # of a run of 100 steps "1%" is 1
+        except ValueError:
+            h = math.nan                   # no number: not possible either
         # "0.01" is refused: it is easily meant as a share of the run, which is written "1%"
-        possible = 0 <= h <= 100 if part.endswith("%") else h == 0 or h >= 1
-        if not possible:
-            raise ValueError(text)
+        possible = possible and (0 <= h <= 100 if part.endswith("%") else h == 0 or h >= 1)
+    if not possible:
+        raise ValueError(f"{text!r} is none: write 1% (of the run) or 30 (steps), or A:B to go "
+                         "from A to B")
     return text
 
 

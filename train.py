@@ -301,7 +301,9 @@ FREE = {"data_root", "out", "eval_every", "log_every", "device", "workers", "com
 def resolve(argv=None):
     """The command line -> Config with nothing left open but "auto". Raises UsageError."""
     given = given_flags(Config, argv, __doc__.split("\n\n")[0],
-                        "Several GPUs: torchrun --nproc-per-node N train.py ...")
+                        "Defaults are for photographs; a data set or a recipe may have others, "
+                        "which are printed when a run starts. Several GPUs: torchrun "
+                        "--nproc-per-node N train.py ...")
     data = given.get("data", Config.data)
     recipe = given.get("recipe", Config.recipe)
     config = Config(**(DATA_ROWS.get(data, {}) | RECIPES[recipe] | given))
@@ -311,7 +313,7 @@ def resolve(argv=None):
         source = Path(config.data_root).resolve().name if data == "imagefolder" else data
         config.out = f"runs/{recipe}-{source}-{config.model}"
     check(config)
-    if recipe == "pl-mae-one-teacher" and "reconstruction_half_life" in given:
+    if config.teachers == 1 and config.target == "tokens" and "reconstruction_half_life" in given:
         raise UsageError("--reconstruction-half-life: one teacher goes at the pace of its labels; "
                          "use --labelling-half-life")
     return config
@@ -321,10 +323,14 @@ def check(config):
     """Raises UsageError for settings that can never be."""
     check_ranges(config)
     (H, W), (ph, pw) = pair(config.img_size), pair(config.patch_size)
+    fits = [str(n) for n in range(1, min(H, W) + 1)
+            if H % n == 0 and W % n == 0 and (n, n) != (H, W)]
     if H % ph or W % pw:
-        fits = [str(n) for n in range(1, min(H, W) + 1) if H % n == 0 and W % n == 0]
         raise UsageError(f"--patch-size {config.patch_size} does not divide --img-size "
                          f"{config.img_size}; these do: {', '.join(fits)}")
+    if (ph, pw) == (H, W):
+        raise UsageError(f"--patch-size {config.patch_size}: the whole image is one patch, so none "
+                         f"can be masked; use one of {', '.join(fits)}")
     N = (H // ph) * (W // pw)
     if not 0 < config.mask_ratio < 1 or not 0 < count_visible(N, config.mask_ratio) < N:
         raise UsageError(f"--mask-ratio {config.mask_ratio}: choose it between 0 and 1 so that of "
@@ -610,8 +616,12 @@ def load_training_images(config, rank, world):
         distributed.barrier()
     train_ids, val_ids = held_out(images, config.val_fraction)
     if config.batch_size > len(train_ids):
+        fewer = max(2, len(train_ids) * config.views // 4)
+        clusters = f", with --image-clusters {fewer} or less" if (
+            config.image_weight and config.image_clusters > fewer) else ""
         raise UsageError(f"--batch-size {config.batch_size}: there are {len(train_ids)} images to "
-                         f"train on ({len(val_ids)} are held out); use {len(train_ids)} or less")
+                         f"train on ({len(val_ids)} are held out); use {len(train_ids)} or less"
+                         + clusters)
     return images, train_ids, val_ids
 
 
@@ -655,6 +665,9 @@ def announce(run, world, precision):
         if K > samples / 4:
             run.say(f"warning: --{name}-clusters {K} for {samples} samples of a micro-batch; use "
                     f"{samples // 4} or less, or a larger --batch-size")
+    if 0 < run.total < 200:
+        run.say(f"warning: {run.total} optimiser steps in all; little is learned in so few: raise "
+                "--epochs")
     run.say(describe(config))
     parameters = sum(p.numel() for p in run.student.parameters()) / 1e6
     classes = len(run.images.classes)
@@ -702,8 +715,9 @@ def evaluate_and_save(run, step):
                                    run.std)
             clusters(shown, pictures, encoder.grid, run.out / "clusters.png")
     if found and step:
-        run.say(f"   k-NN on held-out images: class token {found['knn_class']:.1%}, mean token "
-                f"{found['knn_mean']:.1%}")
+        run.say(f"   k-NN on {len(run.val_ids)} held-out images: class token "
+                f"{found['knn_class']:.1%}, mean token {found['knn_mean']:.1%}; guessing gives "
+                f"{1 / len(run.images.classes):.1%}")
 
 
 def report(run):
@@ -717,7 +731,10 @@ def report(run):
         run.say("k-NN on held-out images, before and after: class token "
                 f"{first['knn_class']:.1%} and {last['knn_class']:.1%}, mean token "
                 f"{first['knn_mean']:.1%} and {last['knn_mean']:.1%}")
-    following = f"; next: python eval.py linear --checkpoint {path}" if run.images.classes else ""
+    root = Path(run.config.data_root)
+    can_test = run.images.classes and (
+        run.config.data != "imagefolder" or (root / "test").is_dir() or (root / "val").is_dir())
+    following = f"; next: python eval.py linear --checkpoint {path}" if can_test else ""
     run.say(f"done: {path} and its pictures{following}")
 
 

@@ -292,8 +292,11 @@ def test_no_network_is_an_error_with_a_remedy(name, tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
     monkeypatch.setattr("urllib.request.urlopen", no_network)
-    with pytest.raises(UsageError, match="by hand"):
-        load_images(name, tmp_path, "train")
+    (tmp_path / "old" / "empty").mkdir(parents=True)
+    for root in ("new", "old"):
+        with pytest.raises(UsageError, match="by hand"):
+            load_images(name, tmp_path / root, "train")
+    assert {path.name for path in tmp_path.rglob("*")} == {"old", "empty"}       # nothing is left
 
 
 # --------------------------------------------------------------------------------- arrays and sums

@@ -178,15 +178,19 @@ def refused(command, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flags, words", [
     (["--patch-size", "5"],
-     "--patch-size 5 does not divide --img-size 16; these do: 1, 2, 4, 8, 16"),
+     "--patch-size 5 does not divide --img-size 16; these do: 1, 2, 4, 8\n"),
+    (["--patch-size", "16"], "--patch-size 16: the whole image is one patch"),
+    (["--labelling-half-life", "0.01"], "'0.01' is none: write 1% (of the run) or 30 (steps)"),
+    (["--labelling-half-life", "soon"], "'soon' is none: write 1% (of the run) or 30 (steps)"),
     (["--mask-ratio", "1"], "--mask-ratio"),
     (["--mask-ratio", "0.99"], "--mask-ratio"),
     (["--data-root", "/nowhere"], "--data-root /nowhere: there is no such folder"),
-    (["--batch-size", "1000"], "use 65 or less"),
+    (["--batch-size", "1000", "--image-clusters", "40"],
+     "use 65 or less, with --image-clusters 32 or less"),
     (["--batch-size", "15", "--accumulate", "2"], "--batch-size 15: must be a multiple"),
     (["--device", "abacus"], "--device abacus"),
     (["--epochs", "-1"], "--epochs -1"),
-    (["--img-size", "wide"], "--img-size"),
+    (["--img-size", "wide"], "--img-size: 'wide' is none: write N or HxW"),
     (["--recipe", "cake"], "--recipe"),
     (["--patch", "4"], "--patch"),
     (["--lr", "nan"], "--lr nan"),
@@ -237,6 +241,18 @@ def test_other_images_are_refused(small_run, photos, tmp_path, no_pictures):
     shutil.copy(photos / "test/red/0.png", tmp_path / "swapped/train/red/0.png")
     with pytest.raises(UsageError, match="other images"):
         train.main([*small_run, "--epochs", "0", "--data-root", str(tmp_path / "swapped")])
+
+
+def test_what_comes_next_is_named_where_there_is_a_test_split(
+        small_run, photos, tmp_path, no_pictures, capsys):
+    train.main([*small_run, "--epochs", "0"])
+    assert "; next: python eval.py linear" in capsys.readouterr().err
+    shutil.copytree(photos / "train", tmp_path / "alone" / "train")
+    train.main([*small_run, "--epochs", "1", "--data-root", str(tmp_path / "alone"),
+                "--out", str(tmp_path / "run2")])
+    printed = capsys.readouterr().err
+    assert "next:" not in printed and "k-NN on 7 held-out images" in printed
+    assert "guessing gives 33.3%" in printed and "warning: 4 optimiser steps in all" in printed
 
 
 def test_another_config_is_refused_and_the_run_left_alone(small_run, no_pictures):

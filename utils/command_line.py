@@ -75,8 +75,18 @@ def size(text):
     """The type of --img-size and --patch-size: "32", or "48x64" for height and width."""
     numbers = [int(n) if n.isdecimal() else 0 for n in text.split("x")]
     if len(numbers) > 2 or min(numbers) < 1:
-        raise argparse.ArgumentTypeError("N or HxW, as in 64 or 48x64")
+        raise ValueError(f"{text!r} is none: write N or HxW, as in 64 or 48x64")
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def in_its_words(parse):
+    """A type for argparse, which otherwise hides what the ValueError of a type says."""
+    def convert(text):
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return convert
 
 
 def given_flags(Config, argv, description, epilog):
@@ -88,9 +98,11 @@ def given_flags(Config, argv, description, epilog):
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         elif meta["choices"]:
-            kind = {"type": meta["type"] or field.type, "choices": meta["choices"]}
+            kind = {"type": field.type, "choices": meta["choices"]}
+        elif meta["type"]:
+            kind = {"type": in_its_words(meta["type"]), "metavar": "X"}
         else:
-            kind = {"type": meta["type"] or field.type, "metavar": "X"}
+            kind = {"type": field.type, "metavar": "X"}
         text = (meta["help"] + note).replace("%", "%%")    # argparse's way to write one %
         parser.add_argument(flag(field.name), default=None, help=text, **kind)
     return {name: value for name, value in vars(parser.parse_args(argv)).items()

@@ -26,7 +26,8 @@ def choose_device(name):
             raise UsageError(f"--device {name}: use auto, cpu, cuda, cuda:1 or mps")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name}: not to be had here; --device cpu always is") from error
+        raise UsageError(f"--device {name}: not to be had here; use auto, cpu, cuda, cuda:1 or "
+                         "mps, of which cpu is always there") from error
     return device
 
 

@@ -17,6 +17,8 @@ def line(record):
     for name in ("image", "patch"):
         if name in record:
             parts.append(beside(record, name, f"{name}_ln_k", "ln K"))
+    if "koleo" in record:
+        parts.append(f"koleo {record['koleo']:.3f}")
     parts.append(f"{record['images_per_s']:.0f} images/s")
     if "peak_memory_gb" in record:
         parts.append(f"peak {record['peak_memory_gb']:.1f} GB")
