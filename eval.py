@@ -41,6 +41,7 @@ from utils.files import append_json
 from utils.pictures import to_pictures
 
 LINEAR_RATES = (0.003, 0.03, 0.3, 3.0)     # learning rates tried, a wide net; validation chooses
+MONITORED = 2000                           # held-out images that k-NN while training looks at
 CHUNK = 200                                # images in the memory of the device at a time
 SCORES = 2**27                             # scores of patches kept at a time: half a gigabyte
 
@@ -156,7 +157,7 @@ def monitor(encoder, images, train_ids, val_ids, mean, std, device):
     train_ids = train_ids[images.labels[train_ids] >= 0]
     if len(val_ids) == 0 or len(train_ids) == 0:
         return {}
-    train_ids, val_ids = subset(train_ids, 10_000), subset(val_ids, 2_000)
+    train_ids, val_ids = subset(train_ids, 10_000), subset(val_ids, MONITORED)
     x = features(encoder, images, train_ids, mean, std, device)
     test_x = features(encoder, images, val_ids, mean, std, device)
     y, test_y = images.labels[train_ids], images.labels[val_ids]

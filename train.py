@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import continue_from, kept_network, networks_and_optimizer, save_checkpoint
 from data import SETS, Batches, Images, generator, held_out, load_images, mean_std
-from eval import assign, monitor, reconstruct, standardised, subset
+from eval import MONITORED, assign, monitor, reconstruct, standardised, subset
 from mae import SIZES, count_visible, masked_mse, pair, pixel_target
 from pseudo_labels import (
     BALANCING,
@@ -715,7 +715,7 @@ def evaluate_and_save(run, step):
                                    run.std)
             clusters(shown, pictures, encoder.grid, run.out / "clusters.png")
     if found and step:
-        run.say(f"   k-NN on {len(run.val_ids)} held-out images: class token "
+        run.say(f"   k-NN on {min(MONITORED, len(run.val_ids))} held-out images: class token "
                 f"{found['knn_class']:.1%}, mean token {found['knn_mean']:.1%}; guessing gives "
                 f"{1 / len(run.images.classes):.1%}")
 
