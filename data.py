@@ -197,11 +197,15 @@ def held_out(images, fraction):
     the test split stays untouched. Without labels none is kept out."""
     ids = torch.arange(len(images))
     labelled = ids[images.labels >= 0]
-    place = torch.arange(len(labelled))
-    # The image at a place is held out if place * fraction passes a whole number there.
-    passes = (place * fraction).long() != ((place + 1) * fraction).long()
-    out = labelled[passes]
+    out = labelled[spread_out(len(labelled), fraction)]
     return ids[~torch.isin(ids, out)], out
+
+
+def spread_out(n, fraction):
+    """True at a fraction of n places, evenly spread: where place * fraction passes a whole
+    number."""
+    place = torch.arange(n)
+    return (place * fraction).long() != ((place + 1) * fraction).long()
 
 
 def mean_std(images):

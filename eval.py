@@ -2,20 +2,26 @@
 
     python eval.py knn      --checkpoint runs/pl-mae-shapes-micro/checkpoint.pt
     python eval.py linear   --checkpoint runs/mae-shapes-micro/checkpoint.pt --data cifar10
+    python eval.py patches  --checkpoint runs/pl-mae-shapes-micro/checkpoint.pt
     python eval.py diagnose --checkpoint runs/pl-mae-shapes-micro/checkpoint.pt
 
 `knn` asks whether images of a class lie together; `linear` whether a plane separates them. For a
 masked autoencoder the second answer is much the better one. Which token is asked matters, so both
 are reported: the class token, and the mean of the patch tokens. `top1` (a share, on the test split)
-is that of the token that was better on validation images cut from the training data.
+is that of the token that was better on validation images. These are images of the training split
+that the network was not trained on; --split validation stops there and does not look at the test.
 
-`diagnose` looks at features and pseudo labels of those validation images: have they collapsed, do
-pseudo labels agree with true classes?
+`patches` asks what single patch tokens say of what is in their patch: a linear layer on them paints
+each patch in one class, and is held against masks. They come with `shapes`, or as pairs of files
+ROOT/<split>/NAME.jpg, ROOT/<split>annot/NAME.png.
 
---network chooses the student or a teacher. The last line printed is a JSON object, appended to
-eval.jsonl beside the checkpoint.
+`diagnose` looks at features and pseudo labels of validation images: have they collapsed, what do
+pseudo labels agree with?
 
-Letters:  n m images, N patches, D width of a token, K clusters.
+--network chooses the student or a teacher, or a yardstick. The last line printed is a JSON object,
+appended to eval.jsonl beside the checkpoint.
+
+Letters:  n m images, N patches, D width of a token, K clusters, C classes of pixels.
 """
 
 import json
@@ -30,7 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from checkpoint import NETWORKS, load_encoder, load_run, mae_arguments
-from data import SETS, held_out, load_images, read
+from data import SETS, Batches, held_out, load_images, read, spread_out
 from mae import MaskedAutoencoder, patchify, unpatchify
 from pseudo_labels import balance, count_labels, health, plain_norm
 from teachers import Teacher, standardise
@@ -38,12 +44,14 @@ from utils.agreement import nmi, purity
 from utils.command_line import Parser, UsageError, run_main
 from utils.devices import choose_device
 from utils.files import append_json
+from utils.masks import classes_in, count_pixels, read_mask
 from utils.pictures import to_pictures
 
 LINEAR_RATES = (0.003, 0.03, 0.3, 3.0)     # learning rates tried, a wide net; validation chooses
 MONITORED = 2000                           # held-out images that k-NN while training looks at
 CHUNK = 200                                # images in the memory of the device at a time
 SCORES = 2**27                             # scores of patches kept at a time: half a gigabyte
+PATCHES = 400_000                          # patches, at most, that `patches` is trained on
 
 
 # --------------------------------------------------------------------------------------- features
@@ -80,6 +88,30 @@ def features(encoder, images, ids, mean, std, device):
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
+def patch_features(encoder, images, ids, patch_size, mean, std, device):
+    """Features of each patch of the images at ids, on the CPU: n N D; of encoder None their
+    pixels."""
+    if encoder is None:
+        return patchify(standardised(images, ids, mean, std), patch_size)
+    chunks = tokens_in_chunks(encoder, images, ids, mean, std, device)
+    return torch.cat([tokens[:, 1:].float().cpu() for tokens in chunks])
+
+
+def masks_of(images, ids):
+    """The masks of the images at ids: n, each H W uint8. Raises UsageError if there are none."""
+    if "masks" in images.targets:
+        return list(images.targets["masks"][ids])
+    if images.paths is not None:
+        return [read_mask(images.paths[i]) for i in ids]
+    raise UsageError("--data: this set has no masks; use shapes, or an imagefolder of pairs "
+                     "ROOT/<split>/NAME.jpg, ROOT/<split>annot/NAME.png")
+
+
+def pixels_of_classes(masks, size, grid, classes, void=255):
+    """Pixels of each class in each patch of the images of these masks: n N C."""
+    return torch.stack([count_pixels(mask, size, grid, classes, void) for mask in masks])
+
+
 # ------------------------------------------------------------------------------------ classifiers
 
 def knn(x, y, test_x, classes, k=20, temperature=0.07):
@@ -98,8 +130,8 @@ def knn(x, y, test_x, classes, k=20, temperature=0.07):
 
 
 def linear(x, y, test_x, classes, rates=LINEAR_RATES, epochs=90, batch=1024, seed=0):
-    """Linear classifiers, one per learning rate, trained side by side: x n D, y n, test_x m D ->
-    predicted classes, rates m.
+    """Linear classifiers, one per learning rate, trained side by side: x n D, y n (or n classes:
+    shares of the classes, which sum to 1), test_x m D -> predicted classes, rates m.
 
     MAE's protocol: BatchNorm without affine, then a linear layer; momentum 0.9, no weight decay,
     cosine, 90 epochs. SGD in place of LARS, as batches are small. The rate is for the whole
@@ -135,17 +167,56 @@ def accuracy(predictions, y):
 
 
 def classify(task, x, y, val, test_x, classes):
-    """One token -> its validation accuracy, and predictions for test_x.
+    """One token -> its validation accuracy, and predictions for test_x (None for None).
 
     val: n, True for validation images. What is tuned is tuned with the other rows against these;
     then all rows are used. The test labels are not asked for."""
     fit_x, fit_y, val_x, val_y = x[~val], y[~val], x[val], y[val]
     if task == "knn":
         validation = accuracy(knn(fit_x, fit_y, val_x, classes), val_y)
-        return validation, knn(x, y, test_x, classes)
+        return validation, None if test_x is None else knn(x, y, test_x, classes)
     scores = [accuracy(p, val_y) for p in linear(fit_x, fit_y, val_x, classes)]
     best = max(range(len(scores)), key=scores.__getitem__)
+    if test_x is None:
+        return scores[best], None
     return scores[best], linear(x, y, test_x, classes, rates=[LINEAR_RATES[best]])[0]
+
+
+def paint(x, counts, val, test_x):
+    """Patch tokens n N D, the pixels of each class in them n N C -> the mIoU on validation images,
+    and a class for each patch of test_x, or, if that is None, of the validation images: m N.
+
+    A linear layer predicts the shares of the classes in a patch. In the cross-entropy this is the
+    same as predicting each pixel, all those of a patch alike. val as in `classify`."""
+    def fit(x, counts, test_x, **rates):
+        seen = counts.sum(-1) > 0                          # not: patches without a known pixel
+        shares = counts[seen] / counts[seen].sum(-1, keepdim=True)
+        painted = linear(x[seen], shares, test_x.flatten(0, 1), counts.shape[-1], epochs=10,
+                         batch=4096, **rates)
+        return painted.unflatten(1, test_x.shape[:2])                                 # rates m N
+
+    on_validation = fit(x[~val], counts[~val], x[val])
+    scores = [mean_iou(painted, counts[val]) for painted in on_validation]
+    best = max(range(len(scores)), key=scores.__getitem__)
+    if test_x is None:
+        return scores[best], on_validation[best]
+    return scores[best], fit(x, counts, test_x, rates=[LINEAR_RATES[best]])[0]
+
+
+def iou(painted, counts):
+    """Intersection over union of each class, in pixels: C; NaN for a class that is not there.
+
+    painted m N: the class that a patch is painted in. counts m N C: pixels of each class in it."""
+    C = counts.shape[-1]
+    confusion = torch.zeros(C, C, dtype=torch.float64)     # painted as a row, of the class a column
+    confusion.index_add_(0, painted.flatten().cpu(), counts.flatten(0, 1).double().cpu())
+    hit, truth = confusion.diagonal(), confusion.sum(0)
+    return torch.where(truth > 0, hit / (truth + confusion.sum(1) - hit), math.nan)
+
+
+def mean_iou(painted, counts):
+    """The mean over the classes that are there."""
+    return round(iou(painted, counts).nanmean().item(), 4)
 
 
 def monitor(encoder, images, train_ids, val_ids, mean, std, device):
@@ -321,20 +392,81 @@ def diagnose_labels(student, teacher, config, images, ids, mean, std, device):
             found[f"{name}_{key}"] = round(value, 4)
         agrees = (students[name].cluster == cluster).float().mean().item()
         found[f"{name}_student_agrees"] = round(agrees, 4)
-        if name == "patch":            # labels that only say where a patch is need no look at it
-            place = torch.arange(cluster.shape[1]).expand_as(cluster)
-            found["patch_nmi_place"] = round(nmi(cluster.flatten(), place.flatten()), 4)
-        classes = images.labels[ids][:len(cluster)]                                            # n
+    return found | agreements(labels, teacher, config, images, ids, mean, std, device)
+
+
+def agreements(labels, teacher, config, images, ids, mean, std, device):
+    """What do pseudo labels agree with? labels: what `assign` made of the images at ids. A
+    dictionary of numbers, each beside that of chance.
+
+    image, patch   NMI and purity with the true class of the image
+    patch          NMI with the place of the patch in the image, with its mean colour, and, where
+                   there are masks, with the class of most of its pixels
+    image          how often two views of an image get the same label. Balanced labels look healthy
+                   also where they are noise; noise does not agree with itself"""
+    found = {}
+    classes = images.labels[ids]                                                               # n
+    for name, (_, cluster, _) in labels.items():           # cluster n, or n N
         if (classes >= 0).all():
-            if name == "patch":
-                classes = classes[:, None].expand_as(cluster)                                # n N
-            cluster, classes = cluster.flatten(), classes.flatten()
-            g = torch.Generator().manual_seed(0)
-            shuffled = classes[torch.randperm(len(classes), generator=g)]
-            for key, agreement in (("nmi", nmi), ("purity", purity)):
-                found[f"{name}_{key}"] = round(agreement(cluster, classes), 4)
-                found[f"{name}_{key}_shuffled"] = round(agreement(cluster, shuffled), 4)
+            of_image = classes[:len(cluster)].view(-1, *[1] * (cluster.ndim - 1))
+            of_image = of_image.expand_as(cluster)
+            found |= beside_chance(f"{name}_nmi", nmi, cluster, of_image)
+            found |= beside_chance(f"{name}_purity", purity, cluster, of_image)
+    if "patch" in labels:
+        cluster, grid = labels["patch"].cluster, teacher.encoder.grid                        # n N
+        ids = ids[:len(cluster)]
+        place = torch.arange(cluster.shape[1]).expand_as(cluster)
+        found |= beside_chance("patch_nmi_place", nmi, cluster, place)
+        imgs = standardised(images, ids, mean, std)
+        colours = colour_bins(patchify(imgs, teacher.encoder.patch_size), images.channels)
+        found |= beside_chance("patch_nmi_colour", nmi, cluster, colours)
+        if "masks" in images.targets:
+            masks = masks_of(images, ids)
+            counts = pixels_of_classes(masks, images.size, grid, classes_in(masks))
+            found |= beside_chance("patch_nmi_mask", nmi, cluster, counts.argmax(-1))
+    if "image" in labels:
+        found |= two_views_agree(teacher, config, images, ids, mean, std, device)
     return found
+
+
+def beside_chance(name, agreement, cluster, other):
+    """The agreement of two labellings, and what is left of it when one of them is shuffled."""
+    cluster, other = cluster.flatten(), other.flatten()
+    shuffled = other[torch.randperm(len(other), generator=torch.Generator().manual_seed(0))]
+    return {name: round(agreement(cluster, other), 4),
+            f"{name}_shuffled": round(agreement(cluster, shuffled), 4)}
+
+
+def colour_bins(patches, channels):
+    """Patches n N P -> the bin of their mean colour, n N: 4 bins of red, green and blue each, 64 of
+    grey. The ends of the bins are quantiles, so that there is as much in each."""
+    means = patches.unflatten(-1, (-1, channels)).mean(2)                            # n N channels
+    bins = {1: 64, 3: 4}[channels]
+    number = torch.zeros(means.shape[:2], dtype=torch.long)
+    for mean in means.permute(2, 0, 1).contiguous():                                     # n N
+        ends = mean.quantile(torch.arange(1, bins) / bins)
+        number = number * bins + torch.bucketize(mean, ends)
+    return number
+
+
+@torch.no_grad()
+def two_views_agree(teacher, config, images, ids, mean, std, device):
+    """Two views of each image at ids, as the labelling teacher sees them in training: how often
+    both have the same image pseudo label, and how often by chance."""
+    dtype = next(teacher.parameters()).dtype
+    batches = Batches(
+        images, ids, mean, std, seed=0, batch=len(ids), patches=teacher.encoder.num_patches,
+        views=2, smallest=config.crop, colours=config.colours, teacher_view=config.teacher_view,
+        dtype=dtype)
+    views = next(batches.run(0, 1)).teacher                                          # (2 n) C H W
+    scores = [teacher.image_head(teacher.encode(part.to(device))[:, 0]).cpu()
+              for part in views.split(CHUNK)]
+    labels = balance(torch.cat(scores), teacher.centres["image"].cpu(), config)
+    one, other = labels.argmax(1).chunk(2)                                                # 2 x n
+    K = labels.shape[1]
+    chance = (one.bincount(minlength=K) * other.bincount(minlength=K)).sum() / len(one) ** 2
+    return {"image_two_views": accuracy(one, other),
+            "image_two_views_chance": round(chance.item(), 4)}
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -372,7 +504,7 @@ def choose_data(options, config):
 
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("task", choices=["knn", "linear", "diagnose"])
+    parser.add_argument("task", choices=["knn", "linear", "patches", "diagnose"])
     parser.add_argument("--checkpoint", required=True, metavar="FILE",
                         help="of train.py, of the official MAE code or timm")
     parser.add_argument("--network", choices=[*NETWORKS, "untrained", "pixels"],
@@ -380,6 +512,11 @@ def main(argv=None):
                         "(default: student; of rc-mae its teacher)")
     parser.add_argument("--token", choices=["class", "mean"],
                         help="default: the better one on validation images")
+    parser.add_argument("--split", choices=["test", "validation"], default="test",
+                        help="validation: do not look at the test split (default: test)")
+    parser.add_argument("--void", type=int, default=255, metavar="N",
+                        help="of patches: pixels of a mask with this number have no class "
+                        "(default: 255)")
     parser.add_argument("--data", choices=SETS, help="default: what the checkpoint was trained on")
     parser.add_argument("--data-root", metavar="DIR", help="default: that of the training run; for "
                         "another set than its own: data")
@@ -400,58 +537,111 @@ def main(argv=None):
     data, root = choose_data(options, info.get("config", {}))
     record = {"task": options.task, "network": info["network"], "data": data,
               "step": info.get("step")}
-    if options.task == "diagnose":
-        record |= run_diagnosis(options, encoder, info, data, root, device)
-    else:
-        record |= run_classifier(options, encoder, info, data, root, device)
+    if options.task != "diagnose":
+        record["split"] = options.split
+    task = {"diagnose": run_diagnosis, "patches": run_patches}.get(options.task, run_classifier)
+    record |= task(options, encoder, info, data, root, device)
     record |= {"checkpoint": options.checkpoint, "seconds": round(time.perf_counter() - start, 1)}
     append_json(Path(options.checkpoint).parent / "eval.jsonl", record)
     print(json.dumps(record))
 
 
+def kept_out(data, config):
+    """The share of the training split that validates: what the run held out, on its own set."""
+    fraction = config.get("val_fraction", 0.1) if data == config.get("data") else 0.1
+    return fraction or 0.1
+
+
 def run_diagnosis(options, encoder, info, data, root, device):
-    config = info.get("config", {})
     images = load_images(data, root, "train", encoder.img_size, encoder.in_chans)
-    fraction = config["val_fraction"] if data == config.get("data") else 0.1
-    train_ids, ids = held_out(images, fraction)
-    ids = subset(ids if len(ids) else train_ids, 2000)
+    _, ids = held_out(images, kept_out(data, info.get("config", {})))
+    if len(ids) == 0:                                      # no image has a label
+        ids = torch.arange(len(images))
+    ids = subset(ids, 2000)
     found = diagnose(options.checkpoint, info["network"], images, ids, info["mean"], info["std"],
                      device)
     return {"images": len(ids)} | found
 
 
 def run_classifier(options, encoder, info, data, root, device):
-    train, test = (load_images(data, root, split, encoder.img_size, encoder.in_chans)
-                   for split in ("train", "test"))
+    train = load_images(data, root, "train", encoder.img_size, encoder.in_chans)
     if not train.classes:
         raise UsageError(f"--data-root {root}: the training images have no labels; use "
                          "ROOT/train/<class>/*")
-    if train.classes != test.classes:
-        differ = sorted(set(train.classes) ^ set(test.classes))[:5]
-        raise UsageError(f"--data-root {root}: {len(train.classes)} classes to train on and "
-                         f"{len(test.classes)} to test on, different: {', '.join(differ)}")
     ids = torch.nonzero(train.labels >= 0).flatten()
     if len(ids) < 10:
         raise UsageError(f"--data-root {root}: {len(ids)} labelled training images; at least 10 "
                          "are needed, one to validate on")
+    test = None
+    if options.split == "test":
+        test = load_images(data, root, "test", encoder.img_size, encoder.in_chans)
+        if train.classes != test.classes:
+            differ = sorted(set(train.classes) ^ set(test.classes))[:5]
+            raise UsageError(f"--data-root {root}: {len(train.classes)} classes to train on and "
+                             f"{len(test.classes)} to test on, different: {', '.join(differ)}")
+
     network = None if options.network == "pixels" else encoder.to(device)
-    x, test_x = (features(network, images, i, info["mean"], info["std"], device)
-                 for images, i in ((train, ids), (test, torch.arange(len(test)))))
+    x = features(network, train, ids, info["mean"], info["std"], device)
     y, classes = train.labels[ids].to(device), len(train.classes)
-    _, val_ids = held_out(train, 0.1)                      # what train.py holds out by default
+    _, val_ids = held_out(train, kept_out(data, info.get("config", {})))
     val = torch.isin(ids, val_ids).to(device)
+    test_x = dict.fromkeys(x)                              # None of each token
+    if test is not None:
+        test_x = features(network, test, torch.arange(len(test)), info["mean"], info["std"], device)
+        test_x = {token: each.to(device) for token, each in test_x.items()}
 
     validation, accuracies = {}, {}
     for token in x:
         validation[token], predictions = classify(
-            options.task, x[token].to(device), y, val, test_x[token].to(device), classes)
-        accuracies[token] = accuracy(predictions.cpu(), test.labels)
+            options.task, x[token].to(device), y, val, test_x[token], classes)
+        if test is not None:
+            accuracies[token] = accuracy(predictions.cpu(), test.labels)
     token = options.token or max(validation, key=validation.get)
     if not options.token and len(validation) > 1:
         print(f"reported: the {token} token, better on validation images; guessing gives "
               f"{1 / classes:.1%}", file=sys.stderr)
+    accuracies = accuracies or validation
     return {"top1": accuracies[token], "token": token, "tokens": accuracies,
-            "validation": validation, "images": len(ids), "test_images": len(test)}
+            "validation": validation, "images": len(ids),
+            "test_images": 0 if test is None else len(test)}
+
+
+def run_patches(options, encoder, info, data, root, device):
+    N, grid, void = encoder.num_patches, encoder.grid, options.void
+    network = None if options.network == "pixels" else encoder.to(device)
+    images, ids, masks, x, counts = {}, {}, {}, {}, {}
+    for split in ("train", "test") if options.split == "test" else ("train",):
+        images[split] = load_images(data, root, split, encoder.img_size, encoder.in_chans)
+        number = len(images[split])
+        ids[split] = subset(torch.arange(number), PATCHES // N if split == "train" else number)
+        masks[split] = masks_of(images[split], ids[split])
+    if len(ids["train"]) < 10:
+        raise UsageError(f"--data-root {root}: {len(ids['train'])} training images; at least 10 "
+                         "are needed, one to validate on")
+    classes = max(classes_in(each, void) for each in masks.values())
+    for split in images:
+        x[split] = patch_features(network, images[split], ids[split], encoder.patch_size,
+                                  info["mean"], info["std"], device).to(device)
+        counts[split] = pixels_of_classes(masks[split], encoder.img_size, grid, classes, void)
+
+    fraction = kept_out(data, info.get("config", {}))
+    _, val_ids = held_out(images["train"], fraction)
+    val = torch.isin(ids["train"], val_ids)
+    if not val.any():                                      # no image has a class of its own
+        val = spread_out(len(val), fraction)
+    validation, painted = paint(x["train"], counts["train"].to(device), val, x.get("test"))
+    judged = counts["test"] if "test" in counts else counts["train"][val]                  # m N C
+    by_place = counts["train"][~val].sum(0).argmax(-1).expand(judged.shape[:2])
+    names = ["ground", *images["train"].classes] if data == "shapes" else range(classes)
+    by_class = {str(name): None if math.isnan(each) else round(each, 4)
+                for name, each in zip(names, iou(painted, judged).tolist())}
+    print(f"painting each patch alike gives at most an mIoU of about "
+          f"{mean_iou(judged.argmax(-1), judged):.1%}; knowing only its place, "
+          f"{mean_iou(by_place, judged):.1%}", file=sys.stderr)
+    return {"miou": mean_iou(painted, judged), "iou": by_class,
+            "miou_place": mean_iou(by_place, judged),
+            "miou_majority": mean_iou(judged.argmax(-1), judged), "validation": validation,
+            "images": len(val), "test_images": len(x.get("test", []))}
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import continue_from, kept_network, networks_and_optimizer, save_checkpoint
 from data import SETS, Batches, Images, generator, held_out, load_images, mean_std
-from eval import MONITORED, assign, monitor, reconstruct, standardised, subset
+from eval import MONITORED, agreements, assign, monitor, reconstruct, standardised, subset
 from mae import SIZES, count_visible, masked_mse, pair, pixel_target
 from pseudo_labels import (
     BALANCING,
@@ -682,42 +682,65 @@ def announce(run, world, precision):
 
 
 def evaluate_and_save(run, step):
-    """k-NN, checkpoint and pictures, by rank 0 alone; the others wait for it at the next step."""
+    """k-NN, what pseudo labels agree with, checkpoint and pictures, by rank 0 alone; the others
+    wait for it at the next step."""
     if run.rank > 0:
         return
-    config, encoder = run.config, run.student.mae.encoder
+    config, encoder, mean, std = run.config, run.student.mae.encoder, run.mean, run.std
+    shown_ids = run.val_ids if len(run.val_ids) else run.train_ids
     with alone():
+        # The log.
         by_teacher = kept_network(vars(config)) == "reconstruction-teacher"
         kept = run.teachers.reconstruction.encoder if by_teacher else encoder
-        found = monitor(kept, run.images, run.train_ids, run.val_ids, run.mean, run.std, run.device)
+        found = monitor(kept, run.images, run.train_ids, run.val_ids, mean, std, run.device)
+        if run.teachers.labelling is not None:
+            label_ids = subset(shown_ids, min(1000, max(200, 8 * config.image_clusters)))
+            labels = assign(run.teachers.labelling, config, run.images, label_ids, mean, std,
+                            run.device)
+            found |= agreements(labels, run.teachers.labelling, config, run.images, label_ids, mean,
+                                std, run.device)
         append_json(run.out / "metrics.jsonl",
                     {"step": step, "epoch": step / run.steps_per_epoch} | found)
+
+        # The checkpoint.
         parts = networks_and_optimizer(run.student, run.teachers, run.optimizer)
         save_checkpoint(run.out / "checkpoint.pt", dict(
             {key: part.state_dict() for key, part in parts.items()},
             arch=architecture(config, run.images.channels), step=step,
-            config=dataclasses.asdict(config), mean=run.mean, std=run.std, images=len(run.images)))
+            config=dataclasses.asdict(config), mean=mean, std=std, images=len(run.images)))
 
         # Pictures: always of the same images, under the same masks.
-        ids = run.val_ids if len(run.val_ids) else run.train_ids
         curves(read_json_lines(run.out / "metrics.jsonl"), run.out / "curves.png")
         if config.target != "none":
             noise = torch.rand(8, encoder.num_patches, generator=generator(config.seed, "picture"))
             rows = reconstruct(run.student, run.teachers.reconstruction, config, run.images,
-                               subset(ids, 200), noise, run.mean, run.std, run.device)
+                               subset(shown_ids, 200), noise, mean, std, run.device)
             reconstructions(rows, run.out / "reconstructions.png")
         if run.teachers.labelling is not None:
-            ids = subset(ids, min(1000, max(200, 8 * config.image_clusters)))
-            labels = assign(run.teachers.labelling, config, run.images, ids, run.mean, run.std,
-                            run.device)
             shown = {name: (each.cluster, each.cosine) for name, each in labels.items()}
-            pictures = to_pictures(standardised(run.images, ids, run.mean, run.std), run.mean,
-                                   run.std)
+            pictures = to_pictures(standardised(run.images, label_ids, mean, std), mean, std)
             clusters(shown, pictures, encoder.grid, run.out / "clusters.png")
-    if found and step:
-        run.say(f"   k-NN on {min(MONITORED, len(run.val_ids))} held-out images: class token "
-                f"{found['knn_class']:.1%}, mean token {found['knn_mean']:.1%}; guessing gives "
-                f"{1 / len(run.images.classes):.1%}")
+    if step:
+        for text in looks(found, run):
+            run.say(f"   {text}")
+
+
+def looks(found, run):
+    """What a look found, as lines for the screen."""
+    lines = []
+    if "knn_class" in found:
+        lines.append(f"k-NN on {min(MONITORED, len(run.val_ids))} held-out images: class token "
+                     f"{found['knn_class']:.1%}, mean token {found['knn_mean']:.1%}; guessing "
+                     f"gives {1 / len(run.images.classes):.1%}")
+    if "image_two_views" in found:
+        lines.append(f"two views of an image have one image pseudo label in "
+                     f"{found['image_two_views']:.1%}, by chance in "
+                     f"{found['image_two_views_chance']:.1%}")
+    if "patch_nmi_place" in found:
+        lines.append("patch pseudo labels agree (NMI, 0 to 1) with the place of the patch by "
+                     f"{found['patch_nmi_place']:.2f}, with its colour by "
+                     f"{found['patch_nmi_colour']:.2f}")
+    return lines
 
 
 def report(run):

@@ -22,6 +22,7 @@ from utils.pictures import to_pictures
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.5, 0.4, 0.6], [0.2, 0.3, 0.25]
+VIEWS = dict(crop=0.35, colours=1.0, teacher_view="same")
 
 
 def blobs(n, seed=0, classes=3, dim=8):
@@ -454,7 +455,7 @@ def test_diagnose_tells_pseudo_labels_that_are_classes():
     images.pixels[:, 0] = 80 * (torch.arange(60) % 3)[:, None, None]
     student = Student(**TOY, image_clusters=3)
     teacher = Teacher(student, heads=True)
-    config = SimpleNamespace(balancing="sinkhorn", teacher_temperature=0.0125)
+    config = SimpleNamespace(balancing="sinkhorn", teacher_temperature=0.0125, **VIEWS)
     with torch.no_grad():
         unit = teacher.image_head.project(teacher.encode(inputs(images, ids, torch.float32))[:, 0])
         for label in range(3):
@@ -470,11 +471,62 @@ def test_diagnose_tells_pseudo_labels_that_are_classes():
     assert not any("purity" in name or "nmi" in name for name in found)
 
 
+def labels_of(cluster, K):
+    """Pseudo labels that are certain of these clusters."""
+    return evaluation.Assigned(F.one_hot(cluster, K).float(), cluster, torch.ones(cluster.shape))
+
+
+@pytest.mark.parametrize("what", ["place", "colour", "mask", "noise"])
+def test_agreements_tell_what_patch_pseudo_labels_hold(what):
+    """Labels that are made of one thing agree with it, and with chance alone in the others."""
+    images, ids = some_images(40), torch.arange(5, 40)
+    images.targets["masks"] = torch.randint(0, 4, (40, 4, 4)).repeat_interleave(
+        4, 1).repeat_interleave(4, 2).byte()               # each patch is of one class
+    patches = patchify(inputs(images, ids, torch.float32), 4)
+    cluster = {"place": torch.arange(16).expand(35, 16),
+               "colour": evaluation.colour_bins(patches, 3),
+               "mask": images.targets["masks"][ids][:, ::4, ::4].flatten(1).long(),
+               "noise": torch.randint(0, 8, (35, 16))}[what]
+    teacher = Teacher(Student(**TOY, patch_clusters=7), heads=True)
+    labels = {"patch": labels_of(cluster, 64)}
+    found = evaluation.agreements(labels, teacher, None, images, ids, MEAN, STD, CPU)
+    for name in ("place", "colour", "mask"):
+        agreement, chance = found[f"patch_nmi_{name}"], found[f"patch_nmi_{name}_shuffled"]
+        assert agreement == pytest.approx(1) if name == what else agreement < chance + 0.06
+
+
+def test_colours_are_binned_evenly():
+    patches = torch.rand(50, 20, 12)                       # of 4 pixels in 3 channels
+    bins = evaluation.colour_bins(patches, 3)
+    assert bins.shape == (50, 20) and len(bins.unique()) == 64
+    red = patches.unflatten(-1, (4, 3)).mean(2)[..., 0]
+    quarter = bins // 16                                   # 4 bins of red, of equal size
+    assert quarter.unique(return_counts=True)[1].tolist() == [250] * 4
+    assert red[quarter == 0].max() < red[quarter == 1].min()
+    assert len(evaluation.colour_bins(patches, 1).unique()) == 64
+
+
+def test_two_views_of_an_image_agree_where_labels_see_what_views_share():
+    """Images of three flat colours: crops of them are alike. Noise is not like itself."""
+    images, ids = some_images(60), torch.arange(60)
+    teacher = Teacher(Student(**TOY, image_clusters=3), heads=True)
+    config = SimpleNamespace(balancing="sinkhorn", teacher_temperature=0.0125, crop=0.35,
+                             colours=0.0, teacher_view="same")
+    noise = evaluation.two_views_agree(teacher, config, images, ids, MEAN, STD, CPU)
+    images.pixels[:] = 120 * (torch.arange(60) % 3)[:, None, None, None]
+    flat = evaluation.two_views_agree(teacher, config, images, ids, MEAN, STD, CPU)
+    for found in (noise, flat):
+        assert found["image_two_views_chance"] == pytest.approx(1 / 3, abs=0.1)
+    assert flat["image_two_views"] > 0.95 > 0.8 > noise["image_two_views"]
+    again = evaluation.two_views_agree(teacher, config, images, ids, MEAN, STD, CPU)
+    assert again == flat
+
+
 def test_the_students_labels_are_centred_as_the_teachers_are():
     """So a student that is its teacher agrees with it."""
     student, images, ids = Student(**TOY, image_clusters=5), some_images(30), torch.arange(30)
     teacher = Teacher(student, heads=True)
-    config = SimpleNamespace(balancing="centring", teacher_temperature=0.0125)
+    config = SimpleNamespace(balancing="centring", teacher_temperature=0.0125, **VIEWS)
     teacher.centres["image"][[0, 1, 2, 3]] = 3             # scores are 1 at most: only 4 is left
     found = evaluation.diagnose_labels(student, teacher, config, images, ids, MEAN, STD, CPU)
     assert found["image_clusters"] == 1 and found["image_student_agrees"] == 1

@@ -1,0 +1,166 @@
+"""Segmentation masks, and `eval.py patches`."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TOY_SIZE
+from PIL import Image
+
+import eval as evaluation
+import train
+from mae import SIZES
+from utils.command_line import UsageError
+from utils.masks import classes_in, count_pixels, mask_path, read_mask
+
+
+def test_pixels_of_a_patch_are_counted_by_class():
+    """Against a loop over pixels; a mask of another size than the image; void pixels."""
+    mask = torch.randint(0, 5, (12, 20), dtype=torch.uint8)
+    found = count_pixels(mask, size=(6, 6), grid=(3, 3), classes=4, void=2)
+    middle = mask[:, 4:16]                                 # the centre, as square as the image
+    want = torch.zeros(9, 4, dtype=torch.long)
+    for row in range(12):
+        for column in range(12):
+            number = int(middle[row, column])
+            if number < 4 and number != 2:
+                want[row // 4 * 3 + column // 4, number] += 1
+    assert torch.equal(found, want) and want.sum() > 50
+
+
+def test_a_pixel_belongs_to_the_patch_of_its_middle():
+    found = count_pixels(torch.zeros(5, 5, dtype=torch.uint8), (2, 2), (2, 2), 1)
+    assert found.flatten().tolist() == [4, 6, 6, 9]        # the middle row goes to the lower half
+    smaller = count_pixels(torch.zeros(2, 2, dtype=torch.uint8), (8, 8), (4, 4), 1)
+    assert smaller.sum() == 4 and smaller.max() == 1
+
+
+def test_classes_in_masks():
+    masks = [torch.tensor([[0, 3]], dtype=torch.uint8), torch.tensor([[1, 255]]).byte()]
+    assert classes_in(masks) == 4 and classes_in(masks, void=3) == 256
+    assert classes_in([torch.full((2, 2), 255).byte()]) == 0
+
+
+def test_iou_is_that_of_pixels():
+    """Patches painted in one class each, against a loop over classes on the pixels."""
+    mask = torch.randint(0, 4, (5, 8, 8), dtype=torch.uint8)
+    mask[mask == 3] = 255
+    painted = torch.randint(0, 3, (5, 4))
+    painted[:, 0] = mask[:, 0, 0].clamp(max=2)
+    counts = torch.stack([count_pixels(each, (8, 8), (2, 2), 4) for each in mask])
+    pixels = painted.view(5, 2, 2).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    known, found = mask != 255, evaluation.iou(painted, counts)
+    for label in range(3):
+        hit = ((pixels == label) & (mask == label)).sum()
+        either = (((pixels == label) & known) | (mask == label)).sum()
+        assert found[label].item() == pytest.approx((hit / either).item())
+    assert math.isnan(found[3])                            # there is none of it
+    assert evaluation.mean_iou(painted, counts) == pytest.approx(found[:3].mean().item(), abs=1e-4)
+
+
+def test_paint_finds_what_is_in_the_tokens():
+    """Tokens that say the class, and tokens of noise. Test masks are not asked for."""
+    classes = torch.randint(0, 3, (60, 16))
+    counts = 4 * torch.nn.functional.one_hot(classes, 3)
+    counts[:, 3] = 0                                       # a patch without a known pixel
+    said = torch.randn(60, 16, 8)
+    said[..., :3] += 5 * torch.nn.functional.one_hot(classes, 3)
+    val = torch.arange(60) % 5 == 0
+    good, painted = evaluation.paint(said, counts, val, None)
+    assert good > 0.95 and painted.shape == (12, 16)
+    assert evaluation.mean_iou(painted, counts[val]) == good
+    bad, painted = evaluation.paint(torch.randn(60, 16, 8), counts, val, said[:7])
+    assert bad < 0.5 and painted.shape == (7, 16)
+
+
+# --------------------------------------------------------------------------------- the command
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Photographs of two colours, left and right, each with a mask: 0, 1, and some void of 9."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 30), ("test", 10)):
+        for folder in (split, f"{split}annot"):
+            (tmp_path / "pairs" / folder).mkdir(parents=True)
+        for i in range(count):
+            mask = np.zeros((20, 24), np.uint8)
+            mask[:, rng.integers(8, 16):] = 1
+            if rng.random() < 0.5:
+                mask = 1 - mask
+            picture = rng.integers(0, 60, (20, 24, 3)) + 150 * mask[..., None]
+            mask[:2] = 9
+            Image.fromarray(picture.astype(np.uint8)).save(
+                tmp_path / "pairs" / split / f"{i}.jpg", quality=95)
+            Image.fromarray(mask).save(tmp_path / "pairs" / f"{split}annot" / f"{i}.png")
+    return tmp_path / "pairs"
+
+
+def patches(capsys, *flags):
+    evaluation.main(["patches", *map(str, flags), "--device", "cpu"])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.fixture
+def checkpoint(pairs, tmp_path, no_pictures, monkeypatch):
+    """Of an untrained run on the photographs, which have no classes of their own."""
+    monkeypatch.setitem(SIZES, "micro", TOY_SIZE)
+    train.main(["--data", "imagefolder", "--data-root", str(pairs / "train"), "--img-size", "16",
+                "--patch-size", "4", "--batch-size", "8", "--image-clusters", "4",
+                "--patch-clusters", "8", "--epochs", "0", "--device", "cpu",
+                "--out", str(tmp_path / "run")])
+    return tmp_path / "run" / "checkpoint.pt"
+
+
+def test_patches_of_pairs_of_files(pairs, checkpoint, capsys):
+    flags = ["--checkpoint", checkpoint, "--data", "imagefolder", "--data-root", pairs,
+             "--void", 9]
+    found = patches(capsys, *flags)
+    assert found["iou"].keys() == {"0", "1"} and (found["images"], found["test_images"]) == (30, 10)
+    assert found["miou"] == pytest.approx(sum(found["iou"].values()) / 2, abs=1e-4)
+    assert found["miou"] > 0.6 > found["miou_place"]       # dark and light: easy
+    assert found["miou"] <= found["miou_majority"] < 1
+    pixels = patches(capsys, *flags, "--network", "pixels")
+    assert pixels["network"] == "pixels" and pixels["miou"] > 0.6
+    for path in (pairs / "testannot").iterdir():           # validation does not look at the test
+        path.unlink()
+    validation = patches(capsys, *flags, "--split", "validation")
+    assert validation["test_images"] == 0
+    assert validation["miou"] == validation["validation"] == found["validation"]
+
+
+def test_patches_of_shapes_names_its_kinds(checkpoint, capsys, monkeypatch, tmp_path):
+    from utils import shapes
+    monkeypatch.setattr(shapes, "SCENES", {"train": (0, 30), "test": (100, 10)})
+    found = patches(capsys, "--checkpoint", checkpoint, "--data", "shapes", "--data-root", tmp_path)
+    assert list(found["iou"])[:3] == ["ground", "disc", "triangle"] and len(found["iou"]) == 11
+
+
+def test_masks_that_are_none(tmp_path):
+    for folder in ("train", "trainannot"):
+        (tmp_path / folder).mkdir()
+    path = tmp_path / "train" / "a.jpg"
+    Image.new("RGB", (8, 6)).save(path)
+    assert mask_path(path) == tmp_path / "trainannot" / "a.png"
+    for mask, words in ((None, "has no mask"), (Image.new("RGB", (8, 6)), "of the kind RGB"),
+                        (Image.new("L", (6, 8)), "make them alike"),
+                        ("not an image", "has no mask")):
+        if isinstance(mask, str):
+            mask_path(path).write_text(mask)
+        elif mask is not None:
+            mask.save(mask_path(path))
+        with pytest.raises(UsageError, match=words):
+            read_mask(path)
+    painted = Image.new("P", (8, 6), 7)                    # colours to look at: the number counts
+    painted.putpalette(list(range(256)) * 3)
+    painted.save(mask_path(path))
+    assert (read_mask(path) == 7).all()
+
+
+def test_sets_without_masks_are_refused(checkpoint, photos, capsys):
+    with pytest.raises(UsageError, match="has no mask"):
+        evaluation.main(["patches", "--checkpoint", str(checkpoint), "--data", "imagefolder",
+                         "--data-root", str(photos), "--device", "cpu"])
+    assert not (Path(checkpoint).parent / "eval.jsonl").exists()

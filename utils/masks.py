@@ -1,0 +1,62 @@
+"""Segmentation masks: of each pixel a number, that of its class. And files that hold such masks.
+
+Letters:  n images, N patches of an image, H W height and width.
+"""
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torchvision.transforms.v2 import functional as TF
+
+from utils.command_line import UsageError
+
+
+def count_pixels(mask, size, grid, classes, void=255):
+    """How many pixels of each class lie in each patch: mask H W -> N classes.
+
+    The mask may be larger or smaller than the image that the network sees: as of that image, the
+    centre of the shape of `size` (H, W) is used. A pixel belongs to the patch in which its middle
+    lies. Pixels of the number `void`, and of those from `classes` on, are not counted."""
+    H, W = mask.shape
+    scale = max(size[0] / H, size[1] / W)
+    mask = TF.center_crop(mask, [min(H, round(size[0] / scale)), min(W, round(size[1] / scale))])
+    row, column = ((2 * torch.arange(length) + 1) * patches // (2 * length)
+                   for length, patches in zip(mask.shape, grid))
+    patch = row[:, None] * grid[1] + column                                                # H W
+    known = (mask < classes) & (mask != void)
+    cells = patch[known] * classes + mask[known].long()
+    return cells.bincount(minlength=grid[0] * grid[1] * classes).view(-1, classes)
+
+
+def classes_in(masks, void=255):
+    """1 + the highest number in masks (a list of H W), not counting `void`."""
+    highest = -1
+    for mask in masks:
+        numbers = mask.unique()
+        highest = max([highest, *numbers[numbers != void].tolist()])
+    return 1 + highest
+
+
+def mask_path(path):
+    """ROOT/<split>/NAME.jpg -> ROOT/<split>annot/NAME.png."""
+    return path.parent.with_name(path.parent.name + "annot") / f"{path.stem}.png"
+
+
+def read_mask(path):
+    """The mask of the image at path: H W uint8. Raises UsageError for one that is none."""
+    file = mask_path(path)
+    try:
+        mask = Image.open(file)
+        mask.load()
+    except (UnidentifiedImageError, OSError) as error:
+        raise UsageError(f"--data-root: {path} has no mask {file} that can be read "
+                         f"({type(error).__name__}); patches needs pairs ROOT/<split>/NAME.jpg, "
+                         "ROOT/<split>annot/NAME.png") from error
+    if mask.mode not in ("L", "P", "1"):
+        raise UsageError(f"--data-root: the mask {file} has pixels of the kind {mask.mode}; write "
+                         "the number of the class in one channel of 8 bits")
+    with Image.open(path) as image:
+        if image.size != mask.size:
+            raise UsageError(f"--data-root: the mask {file} has {mask.size} pixels, its image "
+                             f"{image.size}; make them alike")
+    return torch.from_numpy(np.array(mask, dtype=np.uint8))
