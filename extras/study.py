@@ -1,0 +1,176 @@
+"""Works off a plan of runs: trains, judges, and writes a line of results for each.
+
+    python -m extras.study PLAN DATA RUNS [--stage NAME ...] [--results FILE]
+
+PLAN is a text file, such as results/plan.txt. A line of it is a run:
+
+    stage   set            seed   name: flags of train.py
+
+DATA holds a folder of each set of images: fashion-mnist as torchvision wants it, photographs as
+train/<class>/* and test or val. RUNS is where the runs go. A run that has its line in the results
+is not done again, a run that was cut off continues, and one that failed gets a line that says so.
+Several processes may work off one plan: each takes the next run that no other has.
+
+Search and evidence are kept apart: runs of the stage `search` are judged on validation images
+alone, all others on the test split as well.
+"""
+
+import fcntl
+import json
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import eval
+import train
+from utils.command_line import Parser, UsageError, run_main
+from utils.files import append_json, read_json_lines
+
+ROOT = Path(__file__).parent.parent
+FOLDER = "--data imagefolder --val-fraction 0.6 "                  # leaves 20,000 of 50,000 images
+SETS = {
+    "shapes": "--data shapes",
+    "cifar10-jpeg": FOLDER + "--img-size 32 --patch-size 4",
+    "fashion-mnist": "--data fashion-mnist --val-fraction 0.66666",
+    "tiny-imagenet-100": FOLDER + "--img-size 64 --patch-size 8",
+}
+YARDSTICKS = ("pixels", "untrained")                   # --network of eval.py that needs no training
+
+
+class Planned(NamedTuple):
+    """A line of a plan."""
+    stage: str
+    data: str
+    seed: int
+    name: str
+    flags: list
+
+
+def read_plan(path):
+    """The runs of a plan, in order. Empty lines, and what follows a #, say nothing."""
+    runs = []
+    for number, text in enumerate(Path(path).read_text().splitlines(), 1):
+        text = text.split("#")[0].strip()
+        if text:
+            where, _, flags = text.partition(":")
+            words = where.split(maxsplit=3)
+            if len(words) != 4 or words[1] not in SETS or not words[2].isdigit():
+                raise UsageError(f"{path}, line {number}: write `stage set seed name: flags`; sets "
+                                 f"are {', '.join(SETS)}")
+            stage, data, seed, name = words
+            runs.append(Planned(stage, data, int(seed), name, flags.split()))
+    return runs
+
+
+def key(row):
+    """What tells a run, or its line of results, from the others."""
+    return row["stage"], row["data"], row["seed"], row["name"]
+
+
+def attention(q, k, v):
+    """F.scaled_dot_product_attention written out.
+
+    On a CPU in bf16 it is two to ten times as fast as torch's own at 17 to 65 tokens."""
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+# --------------------------------------------------------------------------------- train and judge
+
+def train_and_judge(run, data_root, out):
+    """Train a run (or continue it) -> what its line of results says of it."""
+    start = time.perf_counter()
+    root = data_root if run.data == "shapes" else f"{data_root}/{run.data}"
+    train.main([*SETS[run.data].split(), *run.flags, "--data-root", str(root), "--out", str(out),
+                "--seed", str(run.seed), "--precision", "bf16"])
+    row = describe_log(out)
+    (out / "eval.jsonl").unlink(missing_ok=True)           # of a judgement that was cut off
+    split = "validation" if run.stage == "search" else "test"
+    network = ["--network", run.name] if run.name in YARDSTICKS else []
+    tasks = ["knn", "linear"] + ["patches"] * (run.data == "shapes")
+    for task in tasks + ["diagnose"] * (not network):
+        eval.main([task, "--checkpoint", str(out / "checkpoint.pt"), "--split", split, *network])
+    for record in read_json_lines(out / "eval.jsonl"):
+        row[record["task"]] = {name: value for name, value in record.items()
+                               if name not in ("task", "checkpoint", "seconds", "data", "step")}
+    row["minutes"] = round((time.perf_counter() - start) / 60, 1)          # of this process
+    return row
+
+
+def describe_log(out):
+    """Of metrics.jsonl: steps, speed, k-NN by epoch, the last losses."""
+    log = read_json_lines(out / "metrics.jsonl")
+    steps = [record for record in log if "loss" in record]
+    looks = [record for record in log if "knn_mean" in record]
+    found = {"knn_by_epoch": {round(r["epoch"], 1): (r["knn_class"], r["knn_mean"]) for r in looks}}
+    if steps:
+        views = json.loads((out / "config.json").read_text())["views"]
+        found["microseconds_per_view"] = round(
+            1e6 / views / median(r["images_per_s"] for r in steps))
+        found["last"] = {name: round(value, 4) for name, value in steps[-1].items()}
+    return found
+
+
+def where_and_when():
+    """What a result depends on beside the settings."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    processor = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {"commit": commit, "processor": processor[0] if processor else "unknown",
+            "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
+            "threads": torch.get_num_threads()}
+
+
+@contextmanager
+def taken(path):
+    """Whether this process is the first to take the file at path. Let go of when it ends."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+# ------------------------------------------------------------------------------------- the command
+
+def main(argv=None):
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("plan", help="a text file, a run in each line")
+    parser.add_argument("data", help="folder of the data sets")
+    parser.add_argument("runs", help="folder for the runs")
+    parser.add_argument("--stage", nargs="+", help="only these (default: all)")
+    parser.add_argument("--results", default=ROOT / "results" / "study.jsonl", type=Path)
+    options = parser.parse_args(argv)
+    F.scaled_dot_product_attention = attention
+    for run in read_plan(options.plan):
+        if options.stage and run.stage not in options.stage:
+            continue
+        out = Path(options.runs, f"{run.stage}-{run.data}-{run.name}-{run.seed}".replace(" ", "-"))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with taken(f"{out}.lock") as free:
+            done = options.results.exists() and read_json_lines(options.results)
+            row = dict(run._asdict(), flags=" ".join(run.flags))
+            if not free or key(row) in [key(each) for each in done or []]:
+                continue
+            print(f"--- {run.stage}: {run.data}, {run.name}, seed {run.seed}", file=sys.stderr)
+            try:
+                row |= train_and_judge(run, options.data, out)
+            except (Exception, SystemExit):                # the plan goes on; the line says why
+                traceback.print_exc()
+                row["error"] = traceback.format_exc().strip().splitlines()[-1][:200]
+            append_json(options.results, row | where_and_when())
+
+
+if __name__ == "__main__":
+    run_main(main)
