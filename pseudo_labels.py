@@ -208,6 +208,15 @@ def swap_views(labels, views):
     return labels.roll(len(labels) // 2, dims=0) if views == 2 else labels
 
 
+def from_other_crop(labels, partner):
+    """Each patch gets the label of the patch of the other view that shows its place: B N K.
+
+    partner B N, -1 where that view does not show it: no label, which is zeros and costs nothing."""
+    other = labels.roll(len(labels) // 2, dims=0)
+    found = other.gather(1, partner.clamp(min=0)[..., None].expand_as(other))
+    return found * (partner >= 0)[..., None]
+
+
 # --------------------------------------------------------------------------------------- the losses
 
 def label_loss(scores, labels, temperature=0.1):
