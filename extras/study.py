@@ -118,7 +118,7 @@ def describe_log(out):
     return found
 
 
-def where_and_when():
+def circumstances():
     """What a result depends on beside the settings."""
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -153,6 +153,7 @@ def main(argv=None):
     parser.add_argument("--results", default=ROOT / "results" / "study.jsonl", type=Path)
     options = parser.parse_args(argv)
     F.scaled_dot_product_attention = attention
+    where = circumstances()               # now: who knows what the folder holds an hour later
     for run in read_plan(options.plan):
         if options.stage and run.stage not in options.stage:
             continue
@@ -169,7 +170,7 @@ def main(argv=None):
             except (Exception, SystemExit):                # the plan goes on; the line says why
                 traceback.print_exc()
                 row["error"] = traceback.format_exc().strip().splitlines()[-1][:200]
-            append_json(options.results, row | where_and_when())
+            append_json(options.results, row | where)
 
 
 if __name__ == "__main__":

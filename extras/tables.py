@@ -1,0 +1,111 @@
+"""The tables of docs/results.md, out of results/study.jsonl, which extras/study.py has written.
+
+    python -m extras.tables
+
+For each stage and set of images there are two. The first has the mean over seeds and, of several
+seeds, the least and the greatest value. The second has differences from one row, the baseline,
+*paired by seed*: a seed gives both runs the same order of images, crops and masks, so that most of
+its luck cancels.
+"""
+
+from pathlib import Path
+from statistics import mean
+
+from utils.command_line import Parser, run_main
+from utils.files import read_json_lines
+
+RESULTS = Path(__file__).parent.parent / "results" / "study.jsonl"
+BASELINES = {"search": "other-colours"}                    # of the other stages it is pl-mae
+TITLES = {"shapes": "`shapes`", "cifar10-jpeg": "CIFAR-10 (JPEG)", "fashion-mnist": "Fashion-MNIST",
+          "tiny-imagenet-100": "Tiny ImageNet (100)"}
+# Heading: task of eval.py, key of its record, key inside that. All are shares.
+SCORES = {
+    "k-NN class": ("knn", "tokens", "class"),
+    "k-NN mean": ("knn", "tokens", "mean"),
+    "linear class": ("linear", "tokens", "class"),
+    "linear mean": ("linear", "tokens", "mean"),
+    "patches, mIoU": ("patches", "miou", None),
+}
+
+
+def score(row, heading):
+    """A score of a run in %, None if it was not measured."""
+    task, name, inside = SCORES[heading]
+    value = row.get(task, {}).get(name)
+    if inside is not None and value is not None:
+        value = value.get(inside)
+    return None if value is None else 100 * value
+
+
+def with_range(values, sign=""):
+    """"44.1 (43.0 to 45.2)": mean, least and greatest; of one value just this."""
+    if not values:
+        return ""
+    text = f"{mean(values):{sign}.1f}"
+    if len(values) > 1:
+        text += f" ({min(values):{sign}.1f} to {max(values):{sign}.1f})"
+    return text
+
+
+def scores_table(by_name, headings):
+    """{name: {seed: row}} -> rows of texts."""
+    rows = [["run", "seeds", *headings, "µs a view"]]
+    for name, by_seed in by_name.items():
+        columns = [[score(row, heading) for row in by_seed.values()] for heading in headings]
+        columns = [[value for value in column if value is not None] for column in columns]
+        times = [row["microseconds_per_view"] for row in by_seed.values()
+                 if "microseconds_per_view" in row]
+        time = f"{mean(times):.0f}" if times else ""
+        rows.append([name, str(len(by_seed)), *map(with_range, columns), time])
+    return rows
+
+
+def differences_table(by_name, headings, baseline):
+    """{name: {seed: row}} -> rows of texts: each against the baseline, in points of %."""
+    base = by_name[baseline]
+    rows = [[f"minus `{baseline}`", "seeds", *headings]]
+    for name, by_seed in by_name.items():
+        seeds = [seed for seed in by_seed if seed in base]
+        cells = []
+        for heading in headings:
+            pairs = [(score(by_seed[seed], heading), score(base[seed], heading)) for seed in seeds]
+            cells.append(with_range([a - b for a, b in pairs if None not in (a, b)], "+"))
+        if name != baseline and any(cells):
+            rows.append([name, str(len(seeds)), *cells])
+    return rows
+
+
+def markdown(rows):
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def tables(rows):
+    """All rows of results -> {(stage, data): Markdown}; failed runs are left out."""
+    grouped = {}
+    for row in rows:
+        if "error" not in row:
+            by_name = grouped.setdefault((row["stage"], row["data"]), {})
+            by_name.setdefault(row["name"], {})[row["seed"]] = row
+    found = {}
+    for (stage, data), by_name in grouped.items():
+        headings = [heading for heading in SCORES
+                    if any(score(row, heading) is not None
+                           for by_seed in by_name.values() for row in by_seed.values())]
+        text = markdown(scores_table(by_name, headings))
+        baseline = BASELINES.get(stage, "pl-mae")
+        if baseline in by_name and len(by_name) > 1:
+            text += "\n\n" + markdown(differences_table(by_name, headings, baseline))
+        found[stage, data] = text
+    return found
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("results", nargs="?", default=RESULTS, help="a file of extras/study.py")
+    for (stage, data), text in tables(read_json_lines(parser.parse_args(argv).results)).items():
+        print(f"{TITLES[data]}, {stage}\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    run_main(main)
