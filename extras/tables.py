@@ -33,7 +33,7 @@ def score(row, heading):
     task, name, inside = SCORES[heading]
     value = row.get(task, {}).get(name)
     if inside is not None and value is not None:
-        value = value.get(inside)
+        value = value.get(inside, value.get("pixels"))       # raw pixels have no tokens
     return None if value is None else 100 * value
 
 
