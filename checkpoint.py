@@ -22,8 +22,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
-from mae import MaskedAutoencoder, VisionTransformer
+from mae import MaskedAutoencoder, VisionTransformer, pair
 from pseudo_labels import Student
 from teachers import make_teachers
 from utils.command_line import UsageError
@@ -153,14 +154,14 @@ def fill(module, names, state):
 
 # ------------------------------------------------------------------------ an encoder out of a file
 
-def load_encoder(path, num_heads=None, network=None):
+def load_encoder(path, num_heads=None, network=None, img_size=None):
     """A checkpoint of train.py, or a file of official MAE or timm weights -> encoder, transform.
 
     encoder: a VisionTransformer in eval mode (B C H W -> B 1+N D). Its `info` has `mean` and `std`
     of training (ImageNet's for others' files), and of a file of ours its `arch`, `config`, `step`.
     transform: PIL image -> its input, C H W. num_heads: for others' files whose heads are not 64
     wide: their shapes do not tell. network: one of NETWORKS; None: what the recipe is judged by,
-    the student or RC-MAE's teacher."""
+    the student or RC-MAE's teacher. img_size: another size than it was trained on."""
     file = load_checkpoint(path)
     if is_of_train(file):
         encoder, info = encoder_of_run(path, file, network)
@@ -169,8 +170,25 @@ def load_encoder(path, num_heads=None, network=None):
             raise UsageError(f"--network {network}: checkpoint {path} has no teachers")
         encoder, info = encoder_of_others(path, file, num_heads)
     encoder.info = info
+    if img_size:
+        resize_positions(encoder, img_size)
     transform = image_transform(encoder.img_size, encoder.in_chans, info["mean"], info["std"])
     return encoder.eval().requires_grad_(False), transform
+
+
+def resize_positions(encoder, img_size):
+    """Make the encoder take images of another size, an int or (H, W), in place. Between the places
+    it knows, the codes of places are interpolated (bicubic, as in MAE's fine-tuning)."""
+    (H, W), (ph, pw) = pair(img_size), encoder.patch_size
+    if H % ph or W % pw:
+        raise UsageError(f"--img-size {H}x{W}: its patches of {ph}x{pw} do not divide it; use "
+                         f"{max(1, H // ph) * ph}x{max(1, W // pw) * pw}")
+    cls, places = encoder.pos_embed[:, :1], encoder.pos_embed[:, 1:]                     # 1 N D
+    places = places.unflatten(1, encoder.grid).permute(0, 3, 1, 2)
+    encoder.img_size, encoder.grid = (H, W), (H // ph, W // pw)
+    encoder.num_patches = encoder.grid[0] * encoder.grid[1]
+    places = F.interpolate(places, encoder.grid, mode="bicubic").flatten(2).mT           # 1 N D
+    encoder.pos_embed = torch.nn.Parameter(torch.cat([cls, places], 1), requires_grad=False)
 
 
 def kept_network(config):

@@ -35,13 +35,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import NETWORKS, load_encoder, load_run, mae_arguments
+from checkpoint import NETWORKS, load_encoder, load_run, mae_arguments, resize_positions
 from data import SETS, Batches, held_out, load_images, read, spread_out
 from mae import MaskedAutoencoder, patchify, unpatchify
 from pseudo_labels import balance, count_labels, health, plain_norm
 from teachers import Teacher, standardise
 from utils.agreement import nmi, purity
-from utils.command_line import Parser, UsageError, run_main
+from utils.command_line import Parser, UsageError, in_its_words, run_main, size
 from utils.devices import choose_device
 from utils.files import append_json
 from utils.masks import classes_in, count_pixels, read_mask
@@ -487,6 +487,8 @@ def load_network(options):
         torch.manual_seed(info["config"]["seed"])      # the very weights that the run began with
         encoder = MaskedAutoencoder(**mae_arguments(info["arch"])).encoder.eval()
     info["network"] = options.network or info["network"]
+    if options.img_size:
+        resize_positions(encoder, options.img_size)
     return encoder, info
 
 
@@ -520,6 +522,9 @@ def main(argv=None):
     parser.add_argument("--data", choices=SETS, help="default: what the checkpoint was trained on")
     parser.add_argument("--data-root", metavar="DIR", help="default: that of the training run; for "
                         "another set than its own: data")
+    parser.add_argument("--img-size", type=in_its_words(size), metavar="N or HxW",
+                        help="another size than the encoder was trained on: its codes of places "
+                        "are interpolated")
     parser.add_argument("--device", default="auto",
                         help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
     parser.add_argument("--num-heads", type=int,
@@ -533,6 +538,8 @@ def main(argv=None):
     if options.network in ("untrained", "pixels") and options.task == "diagnose":
         raise UsageError(f"--network {options.network}: has no pseudo labels and no teachers; name "
                          f"{', '.join(NETWORKS)}")
+    if options.img_size and options.task == "diagnose":
+        raise UsageError("--img-size: diagnose looks at a run at its own size; leave it out")
     encoder, info = load_network(options)
     data, root = choose_data(options, info.get("config", {}))
     record = {"task": options.task, "network": info["network"], "data": data,

@@ -17,6 +17,7 @@ from checkpoint import (
     load_checkpoint,
     load_encoder,
     load_run,
+    resize_positions,
     save_checkpoint,
     to_official,
 )
@@ -246,6 +247,23 @@ def test_load_encoder_of_a_run(run_of, network):
     grey = transform(Image.new("RGB", (40, 20), (128, 128, 128)))
     want = (128 / 255 - torch.tensor(config.mean)) / torch.tensor(config.std)
     torch.testing.assert_close(grey, want[:, None, None].expand(3, 16, 16))
+
+
+def test_an_encoder_at_another_size(run_of):
+    """At its own size it is what it was. At twice the size, places are between those it knew."""
+    path, _ = run_of("mae")
+    encoder, _ = load_encoder(path)
+    same, _ = load_encoder(path, img_size=16)
+    torch.testing.assert_close(same.pos_embed, encoder.pos_embed)
+    larger, transform = load_encoder(path, img_size=(32, 24))
+    assert larger(transform(Image.new("RGB", (40, 40)))[None]).shape[:2] == (1, 1 + 8 * 6)
+    row = torch.arange(4.0).repeat_interleave(4)           # a code that is the row
+    same.pos_embed[0, 1:, 0] = row
+    resize_positions(same, 32)
+    rows = same.pos_embed[0, 1:, 0].view(8, 8)
+    torch.testing.assert_close(rows[3:5, 2], torch.tensor([1.25, 1.75]), atol=0.05, rtol=0)
+    assert torch.equal(larger.pos_embed[:, 0], encoder.pos_embed[:, 0])
+    assert "use 32x20" in refused(load_encoder, path, img_size=(33, 22))
 
 
 @pytest.mark.parametrize("recipe, network", [

@@ -321,7 +321,8 @@ def test_the_token_that_is_named_is_reported(untrained, capsys):
 
 
 def load(path, network):
-    options = SimpleNamespace(checkpoint=str(path), network=network, num_heads=None)
+    options = SimpleNamespace(checkpoint=str(path), network=network, num_heads=None,
+                              img_size=None)
     return evaluation.load_network(options)
 
 

@@ -124,6 +124,8 @@ def test_patches_of_pairs_of_files(pairs, checkpoint, capsys):
     assert found["miou"] <= found["miou_majority"] < 1
     pixels = patches(capsys, *flags, "--network", "pixels")
     assert pixels["network"] == "pixels" and pixels["miou"] > 0.6
+    larger = patches(capsys, *flags, "--img-size", "32x40")
+    assert larger["miou"] > found["miou"] and larger["miou_majority"] > found["miou_majority"]
     for path in (pairs / "testannot").iterdir():           # validation does not look at the test
         path.unlink()
     validation = patches(capsys, *flags, "--split", "validation")
