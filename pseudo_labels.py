@@ -192,12 +192,21 @@ def make_labels(teacher, tokens, config):
         scores["image"] = teacher.image_head(tokens[:, 0])                                 # B K
     if teacher.patch_head is not None:
         scores["patch"] = teacher.patch_head(plain_norm(tokens[:, 1:]))                    # B N K
+        if config.patch_labels == "without-place":
+            scores["patch"] = without_place(scores["patch"])
     for name, each in scores.items():
         samples = each.flatten(0, -2)                                                      # S K
         labels[name] = balance(samples, teacher.centres[name], config).view_as(each)
         if config.balancing == "centring":
             move_centre(teacher.centres[name], samples)
     return labels
+
+
+@torch.no_grad()
+def without_place(scores):
+    """Scores B N K less their mean at each place, over the batch of all ranks: then no cluster is
+    the favourite of a place."""
+    return scores - mean_over_ranks(scores.mean(0))
 
 
 def swap_views(labels, views):

@@ -249,9 +249,9 @@ class Config:
     labelled_patches: str = option(
         "both", "which patches predict their pseudo label", choices=["visible", "masked", "both"])
     patch_labels: str = option(
-        "own", "whose patch pseudo label a patch predicts: its own, or that of the patch of the "
-        "other crop that shows the same place (a trial; images in memory)",
-        choices=["own", "other-crop"])
+        "own", "which patch pseudo label a patch predicts (a trial): its own; that of the patch of "
+        "the other crop that shows the same place (images in memory); its own, of scores less "
+        "their mean at the place", choices=["own", "other-crop", "without-place"])
     balancing: str = option(
         "sinkhorn", "what keeps pseudo labels from gathering in one cluster",
         choices=list(BALANCING))

@@ -27,13 +27,15 @@ from pseudo_labels import (
     plain_norm,
     sinkhorn,
     swap_views,
+    without_place,
 )
 from teachers import Teacher
 from utils import ranks
 
 
 def settings(balancing, teacher_temperature=0.05):
-    return SimpleNamespace(balancing=balancing, teacher_temperature=teacher_temperature)
+    return SimpleNamespace(balancing=balancing, teacher_temperature=teacher_temperature,
+                           patch_labels="own")
 
 
 def random_units(*shape, **kwargs):
@@ -409,3 +411,13 @@ def test_student_is_a_masked_autoencoder_and_its_heads():
 def test_a_student_says_what_it_has_the_parts_for(parts, keys):
     student = Student(**TOY, **parts)
     assert student(torch.randn(2, 3, 16, 16), 0.75, torch.rand(2, 16)).keys() == keys
+
+
+def test_scores_without_their_place():
+    """What is the same at a place in all images goes; labels then cannot be read off the place."""
+    place, content = 5 * torch.randn(6, 4), torch.randn(200, 6, 4)
+    scores = place + content
+    labels = sinkhorn(without_place(scores).flatten(0, 1), 0.5).view_as(scores)
+    plain = sinkhorn(scores.flatten(0, 1), 0.5).view_as(scores)
+    assert (labels.mean(0) - 1 / 4).abs().max() < 0.05 < (plain.mean(0) - 1 / 4).abs().max()
+    torch.testing.assert_close(without_place(scores), content - content.mean(0))
