@@ -1,6 +1,6 @@
 """Works off a plan of runs: trains, judges, and writes a line of results for each.
 
-    python -m extras.study PLAN DATA RUNS [--stage NAME ...] [--results FILE]
+    python -m extras.study PLAN DATA RUNS [--stage NAME ...] [--limit N] [--results FILE]
 
 PLAN is a text file, such as results/plan.txt. A line of it is a run:
 
@@ -150,6 +150,7 @@ def main(argv=None):
     parser.add_argument("data", help="folder of the data sets")
     parser.add_argument("runs", help="folder for the runs")
     parser.add_argument("--stage", nargs="+", help="only these (default: all)")
+    parser.add_argument("--limit", type=int, default=0, help="stop after so many runs")
     parser.add_argument("--results", default=ROOT / "results" / "study.jsonl", type=Path)
     options = parser.parse_args(argv)
     F.scaled_dot_product_attention = attention
@@ -171,6 +172,9 @@ def main(argv=None):
                 traceback.print_exc()
                 row["error"] = traceback.format_exc().strip().splitlines()[-1][:200]
             append_json(options.results, row | where)
+        runs_done += 1
+        if runs_done == options.limit:
+            break
 
 
 if __name__ == "__main__":
