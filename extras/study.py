@@ -154,7 +154,7 @@ def main(argv=None):
     parser.add_argument("--results", default=ROOT / "results" / "study.jsonl", type=Path)
     options = parser.parse_args(argv)
     F.scaled_dot_product_attention = attention
-    where = circumstances()               # now: who knows what the folder holds an hour later
+    where, runs_done = circumstances(), 0  # now: who knows what the folder holds an hour later
     for run in read_plan(options.plan):
         if options.stage and run.stage not in options.stage:
             continue
