@@ -1,7 +1,7 @@
 """The log of a run: a record as a line on the screen, and warnings about it.
 
 A record is a dictionary, one line of metrics.jsonl. `image` and `patch` are the losses of the image
-and of the patch pseudo labels; the README says what every key means.
+and of the patch pseudo labels; docs/guide.md says what every key means.
 """
 
 import math
