@@ -1,11 +1,11 @@
 """The tables of docs/results.md, out of results/study.jsonl, which extras/study.py has written.
 
-    python -m extras.tables
+    python -m extras.tables                # prints them, and draws docs/results-SET.png
 
 For each stage and set of images there are two. The first has the mean over seeds and, of several
 seeds, the least and the greatest value. The second has differences from one row, the baseline,
 *paired by seed*: a seed gives both runs the same order of images, crops and masks, so that most of
-its luck cancels.
+its luck cancels. The pictures show the runs of the stage `evidence`, a point for each seed.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from statistics import mean
 
 from utils.command_line import Parser, run_main
 from utils.files import read_json_lines
+from utils.pictures import plt, save
 
 RESULTS = Path(__file__).parent.parent / "results" / "study.jsonl"
 BASELINES = {"search": "other-colours"}                    # of the other stages it is pl-mae
@@ -100,11 +101,40 @@ def tables(rows):
     return found
 
 
+def picture(rows, path):
+    """Runs on one set of images: a panel for each score, a line for each name, a point for each
+    seed and a mark at their mean."""
+    headings = [heading for heading in SCORES if any(score(row, heading) is not None
+                                                     for row in rows)]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    size = (2.2 * len(headings) + 1.8, 0.34 * len(names) + 1)
+    figure, axes = plt.subplots(1, len(headings), figsize=size, sharey=True, layout="constrained")
+    for axis, heading in zip(axes, headings):
+        for line, name in enumerate(names):
+            values = [score(row, heading) for row in rows if row["name"] == name]
+            values = [value for value in values if value is not None]
+            axis.plot(values, [line] * len(values), "o", color="C0", alpha=0.6, markersize=5)
+            if values:
+                axis.plot(mean(values), line, "|", color="black", markersize=14)
+        axis.set_title(f"{heading}, %", fontsize=10)
+        axis.set_yticks(range(len(names)), names)
+        axis.grid(alpha=0.3)
+    axes[0].invert_yaxis()                                 # the first name on top
+    save(figure, path)
+
+
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("results", nargs="?", default=RESULTS, help="a file of extras/study.py")
-    for (stage, data), text in tables(read_json_lines(parser.parse_args(argv).results)).items():
+    parser.add_argument("--pictures", default=RESULTS.parent.parent / "docs", type=Path,
+                        metavar="DIR", help="where pictures go (default: docs)")
+    options = parser.parse_args(argv)
+    rows = read_json_lines(options.results)
+    for (stage, data), text in tables(rows).items():
         print(f"{TITLES[data]}, {stage}\n\n{text}\n")
+        if stage == "evidence":
+            shown = [row for row in rows if (row["stage"], row["data"]) == (stage, data)]
+            picture(shown, options.pictures / f"results-{data}.png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,41 @@
+import json
+
+from extras import tables
+
+
+def a_row(stage, name, seed, score, **other):
+    tokens = {"class": score, "mean": score + 0.1}
+    return dict(stage=stage, data="shapes", name=name, seed=seed, knn={"tokens": tokens},
+                linear={"tokens": tokens}, microseconds_per_view=1000, **other)
+
+
+def test_means_and_differences_are_paired_by_seed():
+    rows = [a_row("evidence", "pl-mae", 1, 0.4), a_row("evidence", "mae", 1, 0.3),
+            a_row("evidence", "mae", 2, 0.1), a_row("evidence", "pl-mae", 2, 0.5),
+            a_row("evidence", "mae", 3, 0.9, patches={"miou": 0.2}),
+            dict(a_row("evidence", "mae", 4, 0.9), error="broken"),
+            dict(a_row("evidence", "pixels", 1, 0), knn={"tokens": {"pixels": 0.25}})]
+    found = tables.tables(rows)
+    assert found.keys() == {("evidence", "shapes")}
+    means, differences = found["evidence", "shapes"].split("\n\n")
+    assert "| pl-mae | 2 | 45.0 (40.0 to 50.0) | 55.0 (50.0 to 60.0) |" in means
+    assert "| mae | 3 | 43.3 (10.0 to 90.0) |" in means and "| 20.0 | 1000 |" in means
+    assert "| pixels | 1 | 25.0 | 25.0 |" in means
+    assert "| mae | 2 | -25.0 (-40.0 to -10.0) |" in differences     # of seeds 1 and 2
+    assert "| pl-mae |" not in differences
+
+
+def test_the_search_has_its_own_baseline():
+    rows = [a_row("search", "same", 1, 0.3), a_row("search", "other-colours", 1, 0.4)]
+    [text] = tables.tables(rows).values()
+    assert "| minus `other-colours` |" in text and "| same | 1 | -10.0 |" in text
+
+
+def test_prints_and_draws(tmp_path, capsys):
+    rows = [a_row("evidence", "pl-mae", 1, 0.4), a_row("evidence", "mae", 1, 0.3),
+            a_row("search", "same", 1, 0.3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables.main([str(tmp_path / "rows.jsonl"), "--pictures", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "`shapes`, evidence" in said and "`shapes`, search" in said
+    assert [path.name for path in tmp_path.glob("*.png")] == ["results-shapes.png"]
