@@ -85,8 +85,8 @@ def training_step(student, teachers, views, config):
 
     student    the networks that learn; may be wrapped (DistributedDataParallel) or compiled
     teachers   .labelling, .reconstruction: None if absent; one object in both roles is one teacher
-    views      .student, .teacher (B C H W): the same crops and flips, in the same or, with
-               --teacher-view other-colours, in other colours; .noise ((k B) N): chooses the masks
+    views      .student, .teacher (B C H W): the same crops and flips, colours drawn apart (not
+               with --teacher-view same); .noise ((k B) N): chooses the masks
 
     loss: a number with gradient; terms: its parts by name; labels: pseudo labels {"image": B K,
     "patch": B N K}; targets: {"rec": B N P, "consistency": (k B) N P}; each as far as it is
@@ -220,8 +220,8 @@ class Config:
         1.0, "changes of brightness, contrast, saturation, hue: 0 none (MAE), 1 as in MC-SSL, 5 "
         "any hue", range=(0, 5))
     teacher_view: str = option(
-        "same", "what teachers see: the student's view, or the same crop in other colours",
-        choices=["same", "other-colours"])
+        "other-colours", "what teachers see: the same crop in other colours, or the student's view",
+        choices=["other-colours", "same"])
     # the reconstruction
     target: str = option(
         "tokens", "what the decoder predicts: the reconstruction teacher's tokens, pixels, or "
