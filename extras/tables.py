@@ -2,10 +2,10 @@
 
     python -m extras.tables                # prints them, and draws docs/results-SET.png
 
-For each stage and set of images there are two. The first has the mean over seeds and, of several
+For each stage and set of images there are three. The first has the mean over seeds and, of several
 seeds, the least and the greatest value. The second has differences from one row, the baseline,
 *paired by seed*: a seed gives both runs the same order of images, crops and masks, so that most of
-its luck cancels. The pictures show the runs of the stage `evidence`, a point for each seed.
+its luck cancels. The third says what pseudo labels agree with. The pictures show the runs of the stage `evidence`, a point for each seed.
 """
 
 from pathlib import Path
@@ -26,6 +26,16 @@ SCORES = {
     "linear class": ("linear", "tokens", "class"),
     "linear mean": ("linear", "tokens", "mean"),
     "patches, mIoU": ("patches", "miou", None),
+}
+
+# Heading: key of the diagnosis. NMI, or a share of the images; its value by chance has another key.
+AGREEMENTS = {
+    "patch: place": "patch_nmi_place",
+    "patch: colour": "patch_nmi_colour",
+    "patch: class of its pixels": "patch_nmi_mask",
+    "patch: class of the image": "patch_nmi",
+    "image: class": "image_nmi",
+    "image: two views alike": "image_two_views",
 }
 
 
@@ -76,6 +86,22 @@ def differences_table(by_name, headings, baseline):
     return rows
 
 
+def labels_table(by_name):
+    """{name: {seed: row}} -> rows of texts: agreement of pseudo labels, and in brackets that of
+    chance."""
+    rows = [["pseudo labels", *AGREEMENTS]]
+    for name, by_seed in by_name.items():
+        cells = []
+        for key in AGREEMENTS.values():
+            chance = "image_two_views_chance" if key == "image_two_views" else f"{key}_shuffled"
+            found = [row["diagnose"] for row in by_seed.values() if key in row.get("diagnose", {})]
+            cells.append(f"{mean(each[key] for each in found):.2f} "
+                         f"({mean(each[chance] for each in found):.2f})" if found else "")
+        if any(cells):
+            rows.append([name, *cells])
+    return rows
+
+
 def markdown(rows):
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
@@ -97,6 +123,9 @@ def tables(rows):
         baseline = BASELINES.get(stage, "pl-mae")
         if baseline in by_name and len(by_name) > 1:
             text += "\n\n" + markdown(differences_table(by_name, headings, baseline))
+        labels = labels_table(by_name)
+        if len(labels) > 1:
+            text += "\n\n" + markdown(labels)
         found[stage, data] = text
     return found
 

@@ -31,6 +31,14 @@ def test_the_search_has_its_own_baseline():
     assert "| minus `other-colours` |" in text and "| same | 1 | -10.0 |" in text
 
 
+def test_agreements_stand_beside_chance():
+    diagnose = dict(patch_nmi_place=0.5, patch_nmi_place_shuffled=0.01, image_two_views=0.31,
+                    image_two_views_chance=0.02)
+    rows = [a_row("search", "other-colours", seed, 0.4, diagnose=diagnose) for seed in (1, 2)]
+    [text] = tables.tables(rows).values()
+    assert "| other-colours | 0.50 (0.01) |  |  |  |  | 0.31 (0.02) |" in text
+
+
 def test_prints_and_draws(tmp_path, capsys):
     rows = [a_row("evidence", "pl-mae", 1, 0.4), a_row("evidence", "mae", 1, 0.3),
             a_row("search", "same", 1, 0.3)]
