@@ -1,24 +1,27 @@
 """The tables of docs/results.md, out of results/study.jsonl, which extras/study.py has written.
 
-    python -m extras.tables                # prints them, and draws docs/results-SET.png
+    python -m extras.tables        # writes them into docs/results.md, and draws docs/results-SET.png
 
 For each stage and set of images there are three. The first has the mean over seeds and, of several
 seeds, the least and the greatest value. The second has differences from one row, the baseline,
 *paired by seed*: a seed gives both runs the same order of images, crops and masks, so that most of
-its luck cancels. The third says what pseudo labels agree with. The pictures show the runs of the stage `evidence`, a point for each seed.
+its luck cancels. The third says what pseudo labels agree with. The pictures show the runs of the
+stage `evidence`, a point for each seed.
+
+A page has a line `<!-- STAGE SET -->` where tables belong, and `<!-- end -->` below them.
 """
 
+import re
 from pathlib import Path
 from statistics import mean
 
 from utils.command_line import Parser, run_main
-from utils.files import read_json_lines
+from utils.files import read_json_lines, write_atomically
 from utils.pictures import plt, save
 
-RESULTS = Path(__file__).parent.parent / "results" / "study.jsonl"
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGE = ROOT / "results" / "study.jsonl", ROOT / "docs" / "results.md"
 BASELINES = {"search": "other-colours"}                    # of the other stages it is pl-mae
-TITLES = {"shapes": "`shapes`", "cifar10-jpeg": "CIFAR-10 (JPEG)", "fashion-mnist": "Fashion-MNIST",
-          "tiny-imagenet-100": "Tiny ImageNet (100)"}
 # Heading: task of eval.py, key of its record, key inside that. All are shares.
 SCORES = {
     "k-NN class": ("knn", "tokens", "class"),
@@ -152,18 +155,29 @@ def picture(rows, path):
     save(figure, path)
 
 
+def fill(page, found):
+    """The text of a page with the tables, {(stage, data): Markdown}, put where they belong."""
+    def put(match):
+        place = tuple(match[1].split())
+        inside = f"\n{found[place]}\n\n" if place in found else ""
+        return f"<!-- {match[1]} -->\n{inside}<!-- end -->"
+
+    return re.sub(r"<!-- (\S+ \S+) -->\n.*?<!-- end -->", put, page, flags=re.DOTALL)
+
+
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("results", nargs="?", default=RESULTS, help="a file of extras/study.py")
-    parser.add_argument("--pictures", default=RESULTS.parent.parent / "docs", type=Path,
-                        metavar="DIR", help="where pictures go (default: docs)")
+    parser.add_argument("--page", default=PAGE, type=Path, metavar="FILE",
+                        help="where tables go, and pictures beside it (default: docs/results.md)")
     options = parser.parse_args(argv)
     rows = read_json_lines(options.results)
-    for (stage, data), text in tables(rows).items():
-        print(f"{TITLES[data]}, {stage}\n\n{text}\n")
-        if stage == "evidence":
-            shown = [row for row in rows if (row["stage"], row["data"]) == (stage, data)]
-            picture(shown, options.pictures / f"results-{data}.png")
+    page = fill(options.page.read_text(), tables(rows))
+    write_atomically(options.page, lambda file: file.write(page.encode()))
+    for data in dict.fromkeys(row["data"] for row in rows):
+        shown = [row for row in rows if (row["stage"], row["data"]) == ("evidence", data)]
+        if shown:
+            picture(shown, options.page.parent / f"results-{data}.png")
 
 
 if __name__ == "__main__":

@@ -39,11 +39,26 @@ def test_agreements_stand_beside_chance():
     assert "| other-colours | 0.50 (0.01) |  |  |  |  | 0.31 (0.02) |" in text
 
 
-def test_prints_and_draws(tmp_path, capsys):
+def test_fills_a_page_and_draws(tmp_path):
     rows = [a_row("evidence", "pl-mae", 1, 0.4), a_row("evidence", "mae", 1, 0.3),
             a_row("search", "same", 1, 0.3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tables.main([str(tmp_path / "rows.jsonl"), "--pictures", str(tmp_path)])
-    said = capsys.readouterr().out
-    assert "`shapes`, evidence" in said and "`shapes`, search" in said
+    page = tmp_path / "page.md"
+    page.write_text("# A\n\n<!-- evidence shapes -->\nold\n<!-- end -->\n\nFinding: B\n\n"
+                    "<!-- evidence moon -->\n<!-- end -->\n")
+    flags = [str(tmp_path / "rows.jsonl"), "--page", str(page)]
+    tables.main(flags)
+    text = page.read_text()
+    assert "| mae | 1 | 30.0 |" in text and "old" not in text and "| same |" not in text
+    assert text.startswith("# A\n\n<!-- evidence shapes -->\n\n| run |")
+    assert "<!-- end -->\n\nFinding: B\n" in text
+    assert text.endswith("<!-- evidence moon -->\n<!-- end -->\n")
+    tables.main(flags)
+    assert page.read_text() == text                        # again: the same
     assert [path.name for path in tmp_path.glob("*.png")] == ["results-shapes.png"]
+
+
+def test_the_page_of_the_project_has_the_results_of_the_project():
+    """Otherwise run `python -m extras.tables`."""
+    page = tables.PAGE.read_text()
+    assert tables.fill(page, tables.tables(tables.read_json_lines(tables.RESULTS))) == page
