@@ -369,26 +369,6 @@ def recolour(x, u, strength=1.0):
     return (y + chroma * angle.cos() + turned * angle.sin()).clamp(0, 1)
 
 
-def partners(boxes, flip, grid):
-    """Which patch of the other view of its image shows the place of a patch: B N, -1 if none does.
-
-    boxes B 4, flip B (bool), all first views, then all second ones; grid: rows and columns of
-    patches. A place is the middle of a patch; it is shown by the patch it lies in."""
-    rows, columns = grid
-    y = (torch.arange(rows, device=boxes.device) + 0.5).repeat_interleave(columns) / rows      # N
-    x = (torch.arange(columns, device=boxes.device) + 0.5).repeat(rows) / columns              # N
-    top, left, height, width = boxes.float()[:, :, None].unbind(1)                       # each B 1
-    flip, half = flip[:, None], len(boxes) // 2
-    y = top + height * y                                       # in pixels of the image: B N
-    x = left + width * torch.where(flip, 1 - x, x)
-    top, left, height, width, flip = (
-        each.roll(half, 0) for each in (top, left, height, width, flip))
-    y, x = (y - top) / height, (x - left) / width              # in the other view, 0..1
-    x = torch.where(flip, 1 - x, x)
-    inside = (y >= 0) & (y < 1) & (x >= 0) & (x < 1)
-    return torch.where(inside, (y * rows).floor() * columns + (x * columns).floor(), -1).long()
-
-
 # --------------------------------------------------------------------------------------- batches
 
 class CroppedFiles(torch.utils.data.Dataset):
@@ -417,7 +397,6 @@ class Views(NamedTuple):
     student: torch.Tensor      # B C H W, standardised
     teacher: torch.Tensor      # B C H W: the very same tensor; or same crops, flips, other colours
     noise: torch.Tensor        # (k B) N: noise of one mask for all views, then of the next mask
-    partner: torch.Tensor | None = None        # B N: see `partners`; None if streamed, or one view
 
 
 @dataclass
@@ -511,13 +490,10 @@ class Batches:
         reads nothing back from the device."""
         numbers = {name: views_first(v) for name, v in numbers.items() if name != "ids"}   # B ...
         x = views_first(x.expand(-1, self.views, -1, -1, -1)).to(self.dtype) / 255     # B C H W
-        flip, partner = numbers["flip"] < 0.5, None
+        flip = numbers["flip"] < 0.5
         if self.pixels is not None:
             H, W = x.shape[2:]
             boxes = crop_boxes(numbers["crop"], H, W, self.images.size, self.smallest)
-            if self.views == 2:
-                rows = round((self.patches * self.images.size[0] / self.images.size[1]) ** 0.5)
-                partner = partners(boxes, flip, (rows, self.patches // rows))
             x = crop_flip(x, boxes, flip, self.images.size)
         else:
             x = torch.where(flip[:, None, None, None], x.flip(-1), x)
@@ -525,7 +501,7 @@ class Batches:
         if self.teacher_view == "other-colours" and self.colours:
             teacher = self.finish(x, numbers["teacher_colour"])
         noise = numbers["noise"].transpose(0, 1).flatten(0, 1)                         # (k B) N
-        return Views(student, teacher, noise, partner)
+        return Views(student, teacher, noise)
 
     def finish(self, x, u):
         """Recolour x by the numbers u, then standardise it."""

@@ -38,7 +38,7 @@ from torch import nn
 from checkpoint import NETWORKS, load_encoder, load_run, mae_arguments, resize_positions
 from data import SETS, Batches, held_out, load_images, read, spread_out
 from mae import MaskedAutoencoder, patchify, unpatchify
-from pseudo_labels import balance, count_labels, health, plain_norm, without_place
+from pseudo_labels import balance, count_labels, health, plain_norm, remove_place
 from teachers import Teacher, standardise
 from utils.agreement import nmi, purity
 from utils.command_line import Parser, UsageError, in_its_words, run_main, size
@@ -271,8 +271,8 @@ def assign(teacher, config, images, ids, mean, std, device):
     for name, parts in scores.items():
         if parts:
             each = torch.cat(parts)                                                      # n (N) K
-            if name == "patch" and vars(config).get("patch_labels") == "without-place":
-                each = without_place(each)
+            if name == "patch" and config.remove_place:
+                each = remove_place(each)
             centre = teacher.centres[name].cpu()
             labels = balance(each.flatten(0, -2), centre, config).view_as(each)
             cluster = labels.argmax(-1)

@@ -184,6 +184,15 @@ def balance(scores, centre, config):
 
 
 @torch.no_grad()
+def remove_place(scores):
+    """Scores of patches B N K less their mean at each place, over the views of all ranks.
+
+    The easiest thing to know of a patch is where it is. So clusters would become places. Less this
+    mean, no cluster is the favourite of a place."""
+    return scores - mean_over_ranks(scores.mean(0))
+
+
+@torch.no_grad()
 def make_labels(teacher, tokens, config):
     """The labelling teacher's tokens B 1+N D -> pseudo labels {"image": B K, "patch": B N K}, of
     the heads that it has. With centring, its centres move on."""
@@ -192,8 +201,8 @@ def make_labels(teacher, tokens, config):
         scores["image"] = teacher.image_head(tokens[:, 0])                                 # B K
     if teacher.patch_head is not None:
         scores["patch"] = teacher.patch_head(plain_norm(tokens[:, 1:]))                    # B N K
-        if config.patch_labels == "without-place":
-            scores["patch"] = without_place(scores["patch"])
+        if config.remove_place:
+            scores["patch"] = remove_place(scores["patch"])
     for name, each in scores.items():
         samples = each.flatten(0, -2)                                                      # S K
         labels[name] = balance(samples, teacher.centres[name], config).view_as(each)
@@ -202,28 +211,12 @@ def make_labels(teacher, tokens, config):
     return labels
 
 
-@torch.no_grad()
-def without_place(scores):
-    """Scores B N K less their mean at each place, over the batch of all ranks: then no cluster is
-    the favourite of a place."""
-    return scores - mean_over_ranks(scores.mean(0))
-
-
 def swap_views(labels, views):
     """Each view gets the label of the other view of its image: what two crops share is content.
 
     labels B K, all first views, then all second ones. With one view it keeps its own. Only of image
     pseudo labels: the patches of two crops show different things."""
     return labels.roll(len(labels) // 2, dims=0) if views == 2 else labels
-
-
-def from_other_crop(labels, partner):
-    """Each patch gets the label of the patch of the other view that shows its place: B N K.
-
-    partner B N, -1 where that view does not show it: no label, which is zeros and costs nothing."""
-    other = labels.roll(len(labels) // 2, dims=0)
-    found = other.gather(1, partner.clamp(min=0)[..., None].expand_as(other))
-    return found * (partner >= 0)[..., None]
 
 
 # --------------------------------------------------------------------------------------- the losses

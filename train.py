@@ -44,7 +44,6 @@ from pseudo_labels import (
     BALANCING,
     Student,
     count_labels,
-    from_other_crop,
     full_precision,
     health,
     image_label_loss,
@@ -99,8 +98,6 @@ def training_step(student, teachers, views, config):
             labels = make_labels(teachers.labelling, tokens, config)
         if "image" in labels:                              # view 1 predicts the label of view 2
             labels["image"] = swap_views(labels["image"], config.views)
-        if "patch" in labels and config.patch_labels == "other-crop":
-            labels["patch"] = from_other_crop(labels["patch"], views.partner)
 
         # 2  What the decoder predicts: the reconstruction teacher's tokens; or the pixels of the
         #    student's own view, as their colours are those it can see.
@@ -248,10 +245,9 @@ class Config:
         128, "clusters (prototypes) of patch pseudo labels (not tuned)", range=(2, math.inf))
     labelled_patches: str = option(
         "both", "which patches predict their pseudo label", choices=["visible", "masked", "both"])
-    patch_labels: str = option(
-        "own", "which patch pseudo label a patch predicts (a trial): its own; that of the patch of "
-        "the other crop that shows the same place (images in memory); its own, of scores less "
-        "their mean at the place", choices=["own", "other-crop", "without-place"])
+    remove_place: bool = option(
+        False, "take from the scores of patches their mean at each place, so that patch pseudo "
+        "labels cannot say where a patch is")
     balancing: str = option(
         "sinkhorn", "what keeps pseudo labels from gathering in one cluster",
         choices=list(BALANCING))
@@ -349,8 +345,6 @@ def check(config):
     if config.target == "none" and config.patch_weight:
         raise UsageError("--target none: leaves out the decoder, which predicts the pseudo labels "
                          "of masked patches; use --patch-weight 0 with it")
-    if config.patch_labels == "other-crop" and config.views == 1:
-        raise UsageError("--patch-labels other-crop: there is no other crop; use --views 2")
     rec_weight = 0 if config.target == "none" else config.rec_weight
     if not (rec_weight or config.image_weight or config.patch_weight or config.consistency_weight):
         raise UsageError("--rec-weight, --image-weight, --patch-weight: all are 0, so there is "
@@ -623,9 +617,6 @@ def load_training_images(config, rank, world):
                          config.resident_gb)
     if rank == 0 and world > 1:
         distributed.barrier()
-    if config.patch_labels == "other-crop" and images.pixels is None:
-        raise UsageError("--patch-labels other-crop: not for images that stream from the disk; "
-                         "raise --resident-gb")
     train_ids, val_ids = held_out(images, config.val_fraction)
     if config.batch_size > len(train_ids):
         fewer = max(2, len(train_ids) * config.views // 4)

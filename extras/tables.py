@@ -1,6 +1,6 @@
 """The tables of docs/results.md, out of results/study.jsonl, which extras/study.py has written.
 
-    python -m extras.tables        # writes them into docs/results.md, and draws docs/results-SET.png
+    python -m extras.tables    # writes them into docs/results.md, draws docs/results-SET.png
 
 For each stage and set of images there are three. The first has the mean over seeds and, of several
 seeds, the least and the greatest value. The second has differences from one row, the baseline,

@@ -22,7 +22,7 @@ from utils.pictures import to_pictures
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.5, 0.4, 0.6], [0.2, 0.3, 0.25]
-VIEWS = dict(crop=0.35, colours=1.0, teacher_view="same")
+VIEWS = dict(remove_place=False, crop=0.35, colours=1.0, teacher_view="same")
 
 
 def blobs(n, seed=0, classes=3, dim=8):
@@ -157,7 +157,8 @@ def assigned(monkeypatch):
     def call(chunk=1000, scores=2**27, balancing="sinkhorn"):
         monkeypatch.setattr(evaluation, "CHUNK", chunk)
         monkeypatch.setattr(evaluation, "SCORES", scores)
-        config = SimpleNamespace(balancing=balancing, teacher_temperature=0.0125)
+        config = SimpleNamespace(balancing=balancing, teacher_temperature=0.0125,
+                                 remove_place=False)
         return evaluation.assign(teacher, config, images, ids, MEAN, STD, CPU)
 
     call.teacher, call.images, call.ids = teacher, images, ids
@@ -215,7 +216,7 @@ def test_assigning_uses_the_centres_and_leaves_them(assigned):
 
 
 def test_one_head_assigns_one_kind():
-    config = SimpleNamespace(balancing="me-max", teacher_temperature=0.05)
+    config = SimpleNamespace(balancing="me-max", teacher_temperature=0.05, remove_place=False)
     images, ids = some_images(4), torch.arange(4)
     for clusters, kinds in (({"image_clusters": 5}, {"image"}), ({"patch_clusters": 5}, {"patch"})):
         teacher = Teacher(Student(**TOY, **clusters), heads=True)

@@ -25,9 +25,9 @@ from pseudo_labels import (
     move_centre,
     patch_label_loss,
     plain_norm,
+    remove_place,
     sinkhorn,
     swap_views,
-    without_place,
 )
 from teachers import Teacher
 from utils import ranks
@@ -35,7 +35,7 @@ from utils import ranks
 
 def settings(balancing, teacher_temperature=0.05):
     return SimpleNamespace(balancing=balancing, teacher_temperature=teacher_temperature,
-                           patch_labels="own")
+                           remove_place=False)
 
 
 def random_units(*shape, **kwargs):
@@ -417,7 +417,7 @@ def test_scores_without_their_place():
     """What is the same at a place in all images goes; labels then cannot be read off the place."""
     place, content = 5 * torch.randn(6, 4), torch.randn(200, 6, 4)
     scores = place + content
-    labels = sinkhorn(without_place(scores).flatten(0, 1), 0.5).view_as(scores)
+    labels = sinkhorn(remove_place(scores).flatten(0, 1), 0.5).view_as(scores)
     plain = sinkhorn(scores.flatten(0, 1), 0.5).view_as(scores)
     assert (labels.mean(0) - 1 / 4).abs().max() < 0.05 < (plain.mean(0) - 1 / 4).abs().max()
-    torch.testing.assert_close(without_place(scores), content - content.mean(0))
+    torch.testing.assert_close(remove_place(scores), content - content.mean(0))
