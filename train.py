@@ -240,13 +240,13 @@ class Config:
         0.5, "weight of KoLeo beside the image pseudo labels: keeps class tokens of different "
         "images apart (not tuned)", range=POSITIVE)
     patch_weight: float = option(
-        0.1, "weight of the patch pseudo labels; 0 turns them off", range=POSITIVE)
+        0.5, "weight of the patch pseudo labels; 0 turns them off", range=POSITIVE)
     patch_clusters: int = option(
         128, "clusters (prototypes) of patch pseudo labels (not tuned)", range=(2, math.inf))
     labelled_patches: str = option(
         "both", "which patches predict their pseudo label", choices=["visible", "masked", "both"])
     remove_place: bool = option(
-        False, "take from the scores of patches their mean at each place, so that patch pseudo "
+        True, "take from the scores of patches their mean at each place, so that patch pseudo "
         "labels cannot say where a patch is")
     balancing: str = option(
         "sinkhorn", "what keeps pseudo labels from gathering in one cluster",
