@@ -455,16 +455,18 @@ def colour_bins(patches, channels):
 def two_views_agree(teacher, config, images, ids, mean, std, device):
     """Two views of each image at ids, as the labelling teacher sees them in training: how often
     both have the same image pseudo label, and how often by chance."""
-    dtype = next(teacher.parameters()).dtype
+    n = min(len(ids), CHUNK)               # images of a batch; a last, incomplete one is left out
     batches = Batches(
-        images, ids, mean, std, seed=0, batch=len(ids), patches=teacher.encoder.num_patches,
-        views=2, smallest=config.crop, colours=config.colours, teacher_view=config.teacher_view,
-        dtype=dtype)
-    views = next(batches.run(0, 1)).teacher                                          # (2 n) C H W
-    scores = [teacher.image_head(teacher.encode(part.to(device))[:, 0]).cpu()
-              for part in views.split(CHUNK)]
-    labels = balance(torch.cat(scores), teacher.centres["image"].cpu(), config)
-    one, other = labels.argmax(1).chunk(2)                                                # 2 x n
+        images, ids, mean, std, seed=0, batch=n, patches=teacher.encoder.num_patches, views=2,
+        smallest=config.crop, colours=config.colours, teacher_view=config.teacher_view,
+        dtype=next(teacher.parameters()).dtype)
+    scores = []
+    for views in batches.run(0, batches.steps_per_epoch):
+        tokens = teacher.encode(views.teacher.to(device))                            # 2n 1+N D
+        scores.append(teacher.image_head(tokens[:, 0]).cpu().unflatten(0, (2, n)))        # 2 n K
+    scores = torch.cat(scores, dim=1)
+    labels = balance(scores.flatten(0, 1), teacher.centres["image"].cpu(), config)
+    one, other = labels.argmax(1).chunk(2)
     K = labels.shape[1]
     chance = (one.bincount(minlength=K) * other.bincount(minlength=K)).sum() / len(one) ** 2
     return {"image_two_views": accuracy(one, other),

@@ -8,7 +8,7 @@ import train
 from checkpoint import load_checkpoint
 
 
-@pytest.mark.parametrize("recipe, epochs", [("mae", 40), ("pl-mae", 20)])
+@pytest.mark.parametrize("recipe, epochs", [("mae", 24), ("pl-mae", 12)])
 def test_models_are_of_the_present_defaults(recipe, epochs):
     """Otherwise `python notebooks/make_checkpoints.py` and both notebooks have to be run again."""
     kept = load_checkpoint(ROOT / "notebooks" / f"{recipe}.pt")["config"]
