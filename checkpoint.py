@@ -35,6 +35,8 @@ NETWORKS = {"student": "student", "labelling-teacher": "labelling_teacher",
             "reconstruction-teacher": "reconstruction_teacher"}        # name: key in the file
 
 
+OLDER = {"teacher_view": "same", "remove_place": False}    # of runs from before these were settings
+
 # ------------------------------------------------------------------------------ the file of a run
 
 def save_checkpoint(path, content):
@@ -102,7 +104,7 @@ def load_run(path):
     if not is_of_train(file):
         raise UsageError(f"--checkpoint {path}: is not of this train.py, so it has no teachers and "
                          "no pseudo labels; use knn or linear")
-    config = SimpleNamespace(**file["config"], mean=file["mean"], std=file["std"])
+    config = SimpleNamespace(**OLDER | file["config"], mean=file["mean"], std=file["std"])
     student = Student(**file["arch"])
     student.load_state_dict(file["student"])
     student.eval().requires_grad_(False)

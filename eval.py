@@ -8,8 +8,9 @@
 `knn` asks whether images of a class lie together; `linear` whether a plane separates them. For a
 masked autoencoder the second answer is much the better one. Which token is asked matters, so both
 are reported: the class token, and the mean of the patch tokens. `top1` (a share, on the test split)
-is that of the token that was better on validation images. These are images of the training split
-that the network was not trained on; --split validation stops there and does not look at the test.
+is that of the token that was better on validation images. These are the images of the training
+split that the run held out (of another set, or if it held out none, a tenth of that split).
+--split validation stops there and does not look at the test split.
 
 `patches` asks what single patch tokens say of what is in their patch: a linear layer on them paints
 each patch in one class, and is held against masks. They come with `shapes`, or as pairs of files
@@ -158,8 +159,12 @@ def linear(x, y, test_x, classes, rates=LINEAR_RATES, epochs=90, batch=1024, see
             optimizer.step()
             schedule.step()
     norm.eval()
+    predictions = []
     with torch.no_grad():
-        return torch.stack([head(norm(test_x)).argmax(1) for head in heads])
+        for part in test_x.split(100_000):                 # there may be many patches
+            inputs = norm(part.to(x.device))
+            predictions.append(torch.stack([head(inputs).argmax(1) for head in heads]))
+    return torch.cat(predictions, dim=1)
 
 
 def accuracy(predictions, y):
@@ -209,7 +214,7 @@ def iou(painted, counts):
     painted m N: the class that a patch is painted in. counts m N C: pixels of each class in it."""
     C = counts.shape[-1]
     confusion = torch.zeros(C, C, dtype=torch.float64)     # painted as a row, of the class a column
-    confusion.index_add_(0, painted.flatten().cpu(), counts.flatten(0, 1).double().cpu())
+    confusion.index_add_(0, painted.flatten().cpu(), counts.flatten(0, 1).cpu().double())
     hit, truth = confusion.diagonal(), confusion.sum(0)
     return torch.where(truth > 0, hit / (truth + confusion.sum(1) - hit), math.nan)
 
@@ -270,13 +275,13 @@ def assign(teacher, config, images, ids, mean, std, device):
     found = {}
     for name, parts in scores.items():
         if parts:
-            each = torch.cat(parts)                                                      # n (N) K
+            cosines = each = torch.cat(parts)                                            # n (N) K
             if name == "patch" and config.remove_place:
-                each = remove_place(each)
+                each = remove_place(cosines)
             centre = teacher.centres[name].cpu()
             labels = balance(each.flatten(0, -2), centre, config).view_as(each)
             cluster = labels.argmax(-1)
-            cosine = each.gather(-1, cluster[..., None]).squeeze(-1)
+            cosine = cosines.gather(-1, cluster[..., None]).squeeze(-1)
             found[name] = Assigned(labels, cluster, cosine)
     return found
 
@@ -402,8 +407,8 @@ def agreements(labels, teacher, config, images, ids, mean, std, device):
     dictionary of numbers, each beside that of chance.
 
     image, patch   NMI and purity with the true class of the image
-    patch          NMI with the place of the patch in the image, with its mean colour, and, where
-                   there are masks, with the class of most of its pixels
+    patch          NMI with the place of the patch in the image, with its mean colour, and, on
+                   `shapes`, with the class of most of its pixels
     image          how often two views of an image get the same label. Balanced labels look healthy
                    also where they are noise; noise does not agree with itself"""
     found = {}
@@ -462,7 +467,7 @@ def two_views_agree(teacher, config, images, ids, mean, std, device):
         dtype=next(teacher.parameters()).dtype)
     scores = []
     for views in batches.run(0, batches.steps_per_epoch):
-        tokens = teacher.encode(views.teacher.to(device))                            # 2n 1+N D
+        tokens = teacher.encoder(views.teacher.to(device))                           # 2n 1+N D
         scores.append(teacher.image_head(tokens[:, 0]).cpu().unflatten(0, (2, n)))        # 2 n K
     scores = torch.cat(scores, dim=1)
     labels = balance(scores.flatten(0, 1), teacher.centres["image"].cpu(), config)
@@ -544,12 +549,18 @@ def main(argv=None):
                          f"{', '.join(NETWORKS)}")
     if options.img_size and options.task == "diagnose":
         raise UsageError("--img-size: diagnose looks at a run at its own size; leave it out")
+    if not 0 <= options.void <= 255:
+        raise UsageError(f"--void {options.void}: pixels of masks are 0 to 255")
+    if options.token and options.task in ("patches", "diagnose"):
+        raise UsageError(f"--token {options.token}: {options.task} uses all tokens; leave it out")
     encoder, info = load_network(options)
     data, root = choose_data(options, info.get("config", {}))
     record = {"task": options.task, "network": info["network"], "data": data,
               "step": info.get("step")}
     if options.task != "diagnose":
         record["split"] = options.split
+    if options.img_size:
+        record["img_size"] = options.img_size
     task = {"diagnose": run_diagnosis, "patches": run_patches}.get(options.task, run_classifier)
     record |= task(options, encoder, info, data, root, device)
     record |= {"checkpoint": options.checkpoint, "seconds": round(time.perf_counter() - start, 1)}
@@ -624,15 +635,19 @@ def run_patches(options, encoder, info, data, root, device):
     for split in ("train", "test") if options.split == "test" else ("train",):
         images[split] = load_images(data, root, split, encoder.img_size, encoder.in_chans)
         number = len(images[split])
-        ids[split] = subset(torch.arange(number), PATCHES // N if split == "train" else number)
+        room = max(10, PATCHES // N) if split == "train" else number
+        ids[split] = subset(torch.arange(number), room)
         masks[split] = masks_of(images[split], ids[split])
     if len(ids["train"]) < 10:
         raise UsageError(f"--data-root {root}: {len(ids['train'])} training images; at least 10 "
                          "are needed, one to validate on")
     classes = max(classes_in(each, void) for each in masks.values())
+    if classes < 2:
+        raise UsageError(f"--void {void}: beside it the masks hold no number but 0; number the "
+                         "classes from 0, and name with --void the number of pixels without one")
     for split in images:
         x[split] = patch_features(network, images[split], ids[split], encoder.patch_size,
-                                  info["mean"], info["std"], device).to(device)
+                                  info["mean"], info["std"], device)
         counts[split] = pixels_of_classes(masks[split], encoder.img_size, grid, classes, void)
 
     fraction = kept_out(data, info.get("config", {}))
@@ -640,7 +655,8 @@ def run_patches(options, encoder, info, data, root, device):
     val = torch.isin(ids["train"], val_ids)
     if not val.any():                                      # no image has a class of its own
         val = spread_out(len(val), fraction)
-    validation, painted = paint(x["train"], counts["train"].to(device), val, x.get("test"))
+    validation, painted = paint(x["train"].to(device), counts["train"].to(device), val,
+                                x.get("test"))
     judged = counts["test"] if "test" in counts else counts["train"][val]                  # m N C
     by_place = counts["train"][~val].sum(0).argmax(-1).expand(judged.shape[:2])
     names = ["ground", *images["train"].classes] if data == "shapes" else range(classes)

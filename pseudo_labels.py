@@ -187,8 +187,8 @@ def balance(scores, centre, config):
 def remove_place(scores):
     """Scores of patches B N K less their mean at each place, over the views of all ranks.
 
-    The easiest thing to know of a patch is where it is. So clusters would become places. Less this
-    mean, no cluster is the favourite of a place."""
+    The easiest thing to know of a patch is where it is, so clusters tend to become places. Less
+    this mean, the scores of a cluster are, on average, no higher at one place than at another."""
     return scores - mean_over_ranks(scores.mean(0))
 
 

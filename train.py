@@ -163,7 +163,7 @@ def per_mask(x, config):
 
 DATA_ROWS = {
     "shapes": dict(epochs=12, batch_size=64, mask_ratio=0.5, colours=5.0, image_clusters=32,
-                   teacher_temperature=0.0125),
+                   teacher_temperature=0.0125, remove_place=True, patch_weight=1.0),
 }
 RECIPES = {
     "mae": dict(target="pixels", image_weight=0.0, patch_weight=0.0, views=1, colours=0.0,
@@ -240,14 +240,14 @@ class Config:
         0.5, "weight of KoLeo beside the image pseudo labels: keeps class tokens of different "
         "images apart (not tuned)", range=POSITIVE)
     patch_weight: float = option(
-        0.5, "weight of the patch pseudo labels; 0 turns them off", range=POSITIVE)
+        0.1, "weight of the patch pseudo labels; 0 turns them off", range=POSITIVE)
     patch_clusters: int = option(
         128, "clusters (prototypes) of patch pseudo labels (not tuned)", range=(2, math.inf))
     labelled_patches: str = option(
         "both", "which patches predict their pseudo label", choices=["visible", "masked", "both"])
     remove_place: bool = option(
-        True, "take from the scores of patches their mean at each place, so that patch pseudo "
-        "labels cannot say where a patch is")
+        False, "take from the scores of patches their mean at each place, so that patch pseudo "
+        "labels say less of where a patch is")
     balancing: str = option(
         "sinkhorn", "what keeps pseudo labels from gathering in one cluster",
         choices=list(BALANCING))
@@ -696,12 +696,12 @@ def evaluate_and_save(run, step):
         by_teacher = kept_network(vars(config)) == "reconstruction-teacher"
         kept = run.teachers.reconstruction.encoder if by_teacher else encoder
         found = monitor(kept, run.images, run.train_ids, run.val_ids, mean, std, run.device)
-        if run.teachers.labelling is not None:
-            label_ids = subset(shown_ids, min(1000, max(200, 8 * config.image_clusters)))
-            labels = assign(run.teachers.labelling, config, run.images, label_ids, mean, std,
-                            run.device)
-            found |= agreements(labels, run.teachers.labelling, config, run.images, label_ids, mean,
-                                std, run.device)
+        teacher = run.teachers.labelling
+        if teacher is not None:
+            labelled_ids = subset(shown_ids, min(1000, max(200, 8 * config.image_clusters)))
+            of_these = (config, run.images, labelled_ids, mean, std, run.device)
+            labels = assign(teacher, *of_these)
+            found |= agreements(labels, teacher, *of_these)
         append_json(run.out / "metrics.jsonl",
                     {"step": step, "epoch": step / run.steps_per_epoch} | found)
 
@@ -719,17 +719,17 @@ def evaluate_and_save(run, step):
             rows = reconstruct(run.student, run.teachers.reconstruction, config, run.images,
                                subset(shown_ids, 200), noise, mean, std, run.device)
             reconstructions(rows, run.out / "reconstructions.png")
-        if run.teachers.labelling is not None:
+        if teacher is not None:
             shown = {name: (each.cluster, each.cosine) for name, each in labels.items()}
-            pictures = to_pictures(standardised(run.images, label_ids, mean, std), mean, std)
+            pictures = to_pictures(standardised(run.images, labelled_ids, mean, std), mean, std)
             clusters(shown, pictures, encoder.grid, run.out / "clusters.png")
     if step:
-        for text in looks(found, run):
+        for text in evaluation_lines(found, run):
             run.say(f"   {text}")
 
 
-def looks(found, run):
-    """What a look found, as lines for the screen."""
+def evaluation_lines(found, run):
+    """What `evaluate_and_save` found, as lines for the screen."""
     lines = []
     if "knn_class" in found:
         lines.append(f"k-NN on {min(MONITORED, len(run.val_ids))} held-out images: class token "
@@ -740,8 +740,8 @@ def looks(found, run):
                      f"{found['image_two_views']:.1%}, by chance in "
                      f"{found['image_two_views_chance']:.1%}")
     if "patch_nmi_place" in found:
-        lines.append("patch pseudo labels agree (NMI, 0 to 1) with the place of the patch by "
-                     f"{found['patch_nmi_place']:.2f}, with its colour by "
+        lines.append("patch pseudo labels agree (0 not at all, 1 entirely) with the place of the "
+                     f"patch by {found['patch_nmi_place']:.2f}, with its colour by "
                      f"{found['patch_nmi_colour']:.2f}")
     return lines
 

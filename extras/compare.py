@@ -73,7 +73,8 @@ def read_run(folder):
                          f"{config['epochs']}; let it finish, or continue it by its command")
     judged = [record for record in read_json_lines(folder / "eval.jsonl")
               if record["network"] == kept_network(config)
-              and record["data"] == config["data"] and record["step"] == last["step"]]
+              and record["data"] == config["data"] and record["step"] == last["step"]
+              and "img_size" not in record]                # at the size of the run
     return Run(folder, config, log, scores(last, judged))
 
 

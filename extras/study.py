@@ -8,8 +8,12 @@ PLAN is a text file, such as results/plan.txt. A line of it is a run:
 
 DATA holds a folder of each set of images: fashion-mnist as torchvision wants it, photographs as
 train/<class>/* and test or val. RUNS is where the runs go. A run that has its line in the results
-is not done again, a run that was cut off continues, and one that failed gets a line that says so.
-Several processes may work off one plan: each takes the next run that no other has.
+is not done again: delete the line to repeat it. A run that was cut off continues, and one that
+failed gets a line that says so. Several processes may work off one plan: each takes the next run
+that no other has. Runs with the names `pixels` and `untrained` are yardsticks: raw pixels, or the
+network before training, on the images of that run.
+
+All runs compute in bf16, with attention written out: on a CPU this is faster.
 
 Search and evidence are kept apart: runs of the stage `search` are judged on validation images
 alone, all others on the test split as well.
@@ -161,9 +165,8 @@ def main(argv=None):
         out = Path(options.runs, f"{run.stage}-{run.data}-{run.name}-{run.seed}".replace(" ", "-"))
         out.parent.mkdir(parents=True, exist_ok=True)
         with taken(f"{out}.lock") as free:
-            done = options.results.exists() and read_json_lines(options.results)
             row = dict(run._asdict(), flags=" ".join(run.flags))
-            if not free or key(row) in [key(each) for each in done or []]:
+            if not free or key(row) in map(key, read_json_lines(options.results)):
                 continue
             print(f"--- {run.stage}: {run.data}, {run.name}, seed {run.seed}", file=sys.stderr)
             try:

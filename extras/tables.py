@@ -175,7 +175,8 @@ def main(argv=None):
     page = fill(options.page.read_text(), tables(rows))
     write_atomically(options.page, lambda file: file.write(page.encode()))
     for data in dict.fromkeys(row["data"] for row in rows):
-        shown = [row for row in rows if (row["stage"], row["data"]) == ("evidence", data)]
+        shown = [row for row in rows
+                 if (row["stage"], row["data"]) == ("evidence", data) and "error" not in row]
         if shown:
             picture(shown, options.page.parent / f"results-{data}.png")
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 
-EPOCHS = {"mae": 40, "pl-mae": 20}         # as many views of the images each
+EPOCHS = {"mae": 24, "pl-mae": 12}         # as many views of the images each
 
 
 def half(value):

@@ -21,7 +21,7 @@ VARIANTS = {recipe: ["--recipe", recipe] for recipe in train.RECIPES} | {
                "--masks", "2"],
     "labels-and-consistency": ["--recipe", "mim-cluster", "--consistency-weight", "1",
                                "--accumulate", "2"],
-    "other-colours": ["--teacher-view", "other-colours", "--standardise", "none"],
+    "same-view": ["--teacher-view", "same", "--standardise", "none", "--remove-place"],
 }
 
 

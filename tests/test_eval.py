@@ -205,6 +205,19 @@ def test_patches_are_assigned_of_as_many_images_as_there_is_room_for(assigned, c
     torch.testing.assert_close(found["patch"].labels.flatten(0, 1), sinkhorn(scores, 0.0125))
 
 
+def test_what_is_assigned_without_the_place(assigned, monkeypatch):
+    """Labels of scores less their mean at a place; the cosine stays a cosine."""
+    monkeypatch.setattr(evaluation, "CHUNK", 7)
+    config = SimpleNamespace(balancing="sinkhorn", teacher_temperature=0.0125, remove_place=True)
+    found = evaluation.assign(assigned.teacher, config, assigned.images, assigned.ids, MEAN, STD,
+                              CPU)["patch"]
+    tokens = assigned.teacher.encode(inputs(assigned.images, assigned.ids))
+    scores = assigned.teacher.patch_head(plain_norm(tokens[:, 1:]))
+    want = sinkhorn((scores - scores.mean(0)).flatten(0, 1), 0.0125).view_as(scores)
+    torch.testing.assert_close(found.labels, want)
+    torch.testing.assert_close(found.cosine, scores.gather(-1, found.cluster[..., None])[..., 0])
+
+
 def test_assigning_uses_the_centres_and_leaves_them(assigned):
     plain = assigned(balancing="centring")
     assert not assigned.teacher.centres["image"].any()
@@ -522,6 +535,22 @@ def test_two_views_of_an_image_agree_where_labels_see_what_views_share():
     assert flat["image_two_views"] > 0.95 > 0.8 > noise["image_two_views"]
     again = evaluation.two_views_agree(teacher, config, images, ids, MEAN, STD, CPU)
     assert again == flat
+
+
+def test_two_views_are_what_the_teacher_sees_in_training(monkeypatch):
+    """The views of Batches, of the run's own settings, a chunk at a time."""
+    images, ids = some_images(21), torch.arange(21)
+    teacher = Teacher(Student(**TOY, image_clusters=3), heads=True)
+    config = SimpleNamespace(balancing="sinkhorn", teacher_temperature=0.0125, crop=0.5,
+                             colours=2.0, teacher_view="other-colours")
+    monkeypatch.setattr(evaluation, "CHUNK", 7)
+    found = evaluation.two_views_agree(teacher, config, images, ids, MEAN, STD, CPU)
+    batches = evaluation.Batches(images, ids, MEAN, STD, seed=0, batch=7, patches=16, views=2,
+                                 smallest=0.5, colours=2.0, teacher_view="other-colours")
+    scores = torch.cat([teacher.image_head(teacher.encode(views.teacher)[:, 0]).view(2, 7, 3)
+                        for views in batches.run(0, 3)], dim=1)
+    cluster = sinkhorn(scores.flatten(0, 1), 0.0125).argmax(1).view(2, 21)
+    assert found["image_two_views"] == evaluation.accuracy(*cluster)
 
 
 def test_the_students_labels_are_centred_as_the_teachers_are():

@@ -31,6 +31,16 @@ def test_pixels_of_a_patch_are_counted_by_class():
     assert torch.equal(found, want) and want.sum() > 50
 
 
+@pytest.mark.parametrize("void, classes", [(9, 256), (255, 255), (0, 256)])
+def test_all_numbers_of_8_bits_can_be_classes(void, classes):
+    mask = torch.tensor([[0, 255], [9, 9]], dtype=torch.uint8)
+    assert classes_in([mask], void) == {255: 10}.get(void, 256)
+    found = count_pixels(mask, (2, 2), (1, 1), classes, void)[0]
+    want = {0: 1, 255: 1, 9: 2}
+    del want[void]
+    assert {i: n for i, n in enumerate(found.tolist()) if n} == want
+
+
 def test_a_pixel_belongs_to_the_patch_of_its_middle():
     found = count_pixels(torch.zeros(5, 5, dtype=torch.uint8), (2, 2), (2, 2), 1)
     assert found.flatten().tolist() == [4, 6, 6, 9]        # the middle row goes to the lower half
@@ -159,6 +169,33 @@ def test_masks_that_are_none(tmp_path):
     painted.putpalette(list(range(256)) * 3)
     painted.save(mask_path(path))
     assert (read_mask(path) == 7).all()
+
+
+def test_a_mask_is_of_the_upright_picture(tmp_path):
+    for folder in ("train", "trainannot"):
+        (tmp_path / folder).mkdir()
+    path, turned = tmp_path / "train" / "a.jpg", Image.Exif()
+    turned[0x0112] = 6                                     # a quarter turn
+    Image.new("RGB", (8, 6)).save(path, exif=turned)
+    Image.new("L", (6, 8)).save(mask_path(path))
+    assert read_mask(path).shape == (8, 6)
+    Image.new("L", (8, 6)).save(mask_path(path))
+    with pytest.raises(UsageError, match="make them alike"):
+        read_mask(path)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--void", "300"], "--void 300: pixels of masks are 0 to 255"),
+    (["--void", "1"], "--void 1: beside it the masks hold no number but 0"),
+    (["--token", "mean"], "--token mean: patches uses all tokens"),
+])
+def test_flags_that_make_no_sense(checkpoint, pairs, flags, words):
+    for path in pairs.glob("*annot/*"):
+        mask = np.array(Image.open(path))
+        Image.fromarray(np.where(mask == 9, 1, mask)).save(path)
+    with pytest.raises(UsageError, match=words):
+        evaluation.main(["patches", "--checkpoint", str(checkpoint), "--data", "imagefolder",
+                         "--data-root", str(pairs), "--device", "cpu", *flags])
 
 
 def test_sets_without_masks_are_refused(checkpoint, photos, capsys):

@@ -146,6 +146,20 @@ def test_labels_are_of_the_tokens_and_only_centring_moves_the_centres(balancing)
         torch.testing.assert_close(teacher.centres[name], centre)
 
 
+def test_patch_labels_without_their_place():
+    """Only of patches, and before they are balanced."""
+    teacher = Teacher(Student(**TOY, image_clusters=5, patch_clusters=7), heads=True).double()
+    config, tokens = settings("sinkhorn"), torch.randn(6, 17, 32, dtype=torch.float64)
+    plain = make_labels(teacher, tokens, config)
+    config.remove_place = True
+    labels = make_labels(teacher, tokens, config)
+    scores = teacher.patch_head(plain_norm(tokens[:, 1:]))                               # B N K
+    want = sinkhorn((scores - scores.mean(0)).flatten(0, 1)).view_as(scores)
+    torch.testing.assert_close(labels["patch"], want)
+    assert torch.equal(labels["image"], plain["image"])
+    assert not torch.allclose(labels["patch"], plain["patch"], atol=0.01)
+
+
 def test_a_teacher_makes_the_labels_it_has_heads_for():
     tokens = torch.randn(6, 17, 32)
     for clusters, kinds in (({"image_clusters": 5}, {"image"}), ({"patch_clusters": 5}, {"patch"})):

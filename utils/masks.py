@@ -10,6 +10,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from utils.command_line import UsageError
 
+ORIENTATION = 0x0112               # the number of that entry in EXIF data
+
 
 def count_pixels(mask, size, grid, classes, void=255):
     """How many pixels of each class lie in each patch: mask H W -> N classes.
@@ -17,6 +19,7 @@ def count_pixels(mask, size, grid, classes, void=255):
     The mask may be larger or smaller than the image that the network sees: as of that image, the
     centre of the shape of `size` (H, W) is used. A pixel belongs to the patch in which its middle
     lies. Pixels of the number `void`, and of those from `classes` on, are not counted."""
+    mask = mask.long()                         # 8 bits cannot be compared with a `void` beyond 255
     H, W = mask.shape
     scale = max(size[0] / H, size[1] / W)
     mask = TF.center_crop(mask, [min(H, round(size[0] / scale)), min(W, round(size[1] / scale))])
@@ -24,7 +27,7 @@ def count_pixels(mask, size, grid, classes, void=255):
                    for length, patches in zip(mask.shape, grid))
     patch = row[:, None] * grid[1] + column                                                # H W
     known = (mask < classes) & (mask != void)
-    cells = patch[known] * classes + mask[known].long()
+    cells = patch[known] * classes + mask[known]
     return cells.bincount(minlength=grid[0] * grid[1] * classes).view(-1, classes)
 
 
@@ -32,7 +35,7 @@ def classes_in(masks, void=255):
     """1 + the highest number in masks (a list of H W), not counting `void`."""
     highest = -1
     for mask in masks:
-        numbers = mask.unique()
+        numbers = mask.unique().long()
         highest = max([highest, *numbers[numbers != void].tolist()])
     return 1 + highest
 
@@ -56,7 +59,10 @@ def read_mask(path):
         raise UsageError(f"--data-root: the mask {file} has pixels of the kind {mask.mode}; write "
                          "the number of the class in one channel of 8 bits")
     with Image.open(path) as image:
-        if image.size != mask.size:
-            raise UsageError(f"--data-root: the mask {file} has {mask.size} pixels, its image "
-                             f"{image.size}; make them alike")
+        size = image.size
+        if image.getexif().get(ORIENTATION, 1) > 4:        # a quarter turn: `decode` turns it back
+            size = size[::-1]
+    if size != mask.size:
+        raise UsageError(f"--data-root: the mask {file} has {mask.size} pixels, its image "
+                         f"{size}, upright; make them alike")
     return torch.from_numpy(np.array(mask, dtype=np.uint8))
