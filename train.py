@@ -163,7 +163,7 @@ def per_mask(x, config):
 
 DATA_ROWS = {
     "shapes": dict(epochs=12, batch_size=64, mask_ratio=0.5, colours=5.0, image_clusters=32,
-                   teacher_temperature=0.0125, remove_place=True, patch_weight=2.0),
+                   teacher_temperature=0.0125, remove_place=True, patch_weight=1.0),
 }
 RECIPES = {
     "mae": dict(target="pixels", image_weight=0.0, patch_weight=0.0, views=1, colours=0.0,
