@@ -29,7 +29,7 @@ from typing import NamedTuple
 from matplotlib.lines import Line2D
 
 import train
-from checkpoint import kept_network
+from checkpoint import OLDER, kept_network
 from utils.command_line import Parser, UsageError, make_folder, run_main
 from utils.files import read_json_lines
 from utils.pictures import plt, save
@@ -61,7 +61,7 @@ def read_run(folder):
     folder = Path(folder)
     if not (folder / "config.json").is_file() or not (folder / "metrics.jsonl").is_file():
         raise UsageError(f"{folder}: is no run; name a folder that train.py has written (--out)")
-    config = json.loads((folder / "config.json").read_text())
+    config = OLDER | json.loads((folder / "config.json").read_text())
     log = read_json_lines(folder / "metrics.jsonl")
     tests = [record for record in log if "knn_mean" in record]
     if not tests:
