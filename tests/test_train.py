@@ -253,6 +253,12 @@ def test_what_comes_next_is_named_where_there_is_a_test_split(
     printed = capsys.readouterr().err
     assert "next:" not in printed and "k-NN on 7 held-out images" in printed
     assert "guessing gives 33.3%" in printed and "warning: 4 optimiser steps in all" in printed
+    assert "two views of an image have one image pseudo label in" in printed
+    assert "patch pseudo labels agree (0 not at all, 1 entirely) with the place" in printed
+    [_, look] = [r for r in read_json_lines(tmp_path / "run2" / "metrics.jsonl") if "knn_mean" in r]
+    for name in ("image_two_views", "patch_nmi_place", "patch_nmi_colour", "image_nmi"):
+        assert 0 <= look[name] <= 1
+    assert "patch_nmi_mask" not in look                    # these images have no masks
 
 
 def test_another_config_is_refused_and_the_run_left_alone(small_run, no_pictures):
