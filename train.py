@@ -672,11 +672,12 @@ def announce(run, world, precision):
         run.say(f"warning: {run.total} optimiser steps in all; little is learned in so few: raise "
                 "--epochs")
     run.say(describe(config))
-    parameters = sum(p.numel() for p in run.student.parameters()) / 1e6
+    in_all, in_encoder = (sum(p.numel() for p in module.parameters()) / 1e6
+                          for module in (run.student, encoder))
     classes = len(run.images.classes)
-    run.say(f"{config.recipe}, {config.model} ({parameters:.1f} M parameters), "
-            f"{encoder.grid[0]} x {encoder.grid[1]} patches; {run.device}, {precision}, "
-            f"{world} process(es)")
+    run.say(f"{config.recipe}, {config.model} ({in_encoder:.1f} M parameters in the encoder, "
+            f"{in_all:.1f} M in all), {encoder.grid[0]} x {encoder.grid[1]} patches; {run.device}, "
+            f"{precision}, {world} process(es)")
     run.say(f"{config.data}: {len(run.train_ids)} images to train on, {len(run.val_ids)} held out; "
             + (f"{classes} classes, for evaluation alone" if classes else
                "no classes (subfolders of DIR/train are classes)") + f"; {run.images.kept}")
@@ -742,7 +743,9 @@ def evaluation_lines(found, run):
     if "patch_nmi_place" in found:
         lines.append("patch pseudo labels agree (0 not at all, 1 entirely) with the place of the "
                      f"patch by {found['patch_nmi_place']:.2f}, with its colour by "
-                     f"{found['patch_nmi_colour']:.2f}")
+                     f"{found['patch_nmi_colour']:.2f}; by chance by "
+                     f"{found['patch_nmi_place_shuffled']:.2f}, "
+                     f"{found['patch_nmi_colour_shuffled']:.2f}")
     return lines
 
 

@@ -43,7 +43,7 @@ LOSS = "#9c1c2e"
 SCENE = 69                                 # its crops share some objects
 CROPS = [[8, 16, 46, 46], [2, 2, 46, 46]]  # top, left, height, width of view 1 and of view 2
 STUDENT_COLOURS, TEACHER_COLOURS = (2, 9), (6, 11)         # seeds, for view 1 and for view 2
-MASK_SEED, MASK_RATIO, PATCH = 18, 0.75, 8
+MASK_SEED, MASK_RATIO, PATCH = 18, 0.5, 8
 
 # Made-up examples. A label is certain, a prediction less so. Views 1 and 2 predict each other's.
 IMAGE_LABELS = [[0.02, 0.05, 0.03, 0.72, 0.08, 0.02, 0.06, 0.02],

@@ -52,9 +52,10 @@ def read_mask(path):
         mask = Image.open(file)
         mask.load()
     except (UnidentifiedImageError, OSError) as error:
-        raise UsageError(f"--data-root: {path} has no mask {file} that can be read "
-                         f"({type(error).__name__}); patches needs pairs ROOT/<split>/NAME.jpg, "
-                         "ROOT/<split>annot/NAME.png") from error
+        raise UsageError(f"--data-root: {path} has no mask {file} ({type(error).__name__}); "
+                         "patches needs a mask of each image, DIR/train/NAME.jpg and "
+                         "DIR/trainannot/NAME.png, likewise test; without masks use knn or "
+                         "linear") from error
     if mask.mode not in ("L", "P", "1"):
         raise UsageError(f"--data-root: the mask {file} has pixels of the kind {mask.mode}; write "
                          "the number of the class in one channel of 8 bits")
