@@ -2,13 +2,16 @@
 
     python -m extras.tables    # writes them into docs/results.md, draws docs/results-SET.png
 
-For each stage and set of images there are three. The first has the mean over seeds and, of several
-seeds, the least and the greatest value. The second has differences from one row, the baseline,
-*paired by seed*: a seed gives both runs the same order of images, crops and masks, so that most of
-its luck cancels. The third says what pseudo labels agree with. The pictures show the runs of the
-stage `evidence`, a point for each seed.
+It also writes the short table of the README: means of the evidence.
 
-A page has a line `<!-- STAGE SET -->` where tables belong, and `<!-- end -->` below them.
+For each stage and set of images docs/results.md has three. The first has the mean over seeds and,
+of several seeds, the least and the greatest value. The second has differences from one row, the
+baseline, *paired by seed*: a seed gives both runs the same order of images, crops and masks, so
+that most of its luck cancels. The third says what pseudo labels agree with. The pictures show the
+runs of the stage `evidence`, a point for each seed.
+
+A page has a line `<!-- STAGE SET -->` where tables belong, and `<!-- end -->` below them. The
+README has `<!-- summary SET -->`.
 """
 
 import re
@@ -20,7 +23,19 @@ from utils.files import read_json_lines, write_atomically
 from utils.pictures import plt, save
 
 ROOT = Path(__file__).parent.parent
-RESULTS, PAGE = ROOT / "results" / "study.jsonl", ROOT / "docs" / "results.md"
+RESULTS = ROOT / "results" / "study.jsonl"
+PAGES = [ROOT / "docs" / "results.md", ROOT / "README.md"]
+# Rows of the summary, in this order.
+SUMMARY = {
+    "pixels": "raw pixels",
+    "untrained": "untrained encoder",
+    "mae": "`mae`",
+    "rc-mae": "`rc-mae`",
+    "image-labels": "`image-labels`: image pseudo labels alone",
+    "mim-cluster": "`mim-cluster`: pixels in place of tokens",
+    "pl-mae-one-teacher": "`pl-mae-one-teacher`",
+    "pl-mae": "`pl-mae`",
+}
 BASELINES = {"search": "other-colours"}                    # of the other stages it is pl-mae
 # Heading: task of eval.py, key of its record, key inside that. All are shares.
 SCORES = {
@@ -89,6 +104,23 @@ def differences_table(by_name, headings, baseline):
     return rows
 
 
+def summary_table(by_name):
+    """{name: {seed: row}} -> rows of texts: means, class token / mean of the patch tokens."""
+    rows = [["", "seeds", "k-NN", "linear", "patches, mIoU"]]
+    for name, title in SUMMARY.items():
+        if name in by_name:
+            found = {heading: [score(row, heading) for row in by_name[name].values()]
+                     for heading in SCORES}
+            means = {heading: f"{mean(values):.1f}" if None not in values else ""
+                     for heading, values in found.items()}
+            both = [f"{means[f'{task} class']} / {means[f'{task} mean']}"
+                    for task in ("k-NN", "linear")]
+            if name == "pixels":                           # which have no tokens
+                both = [means["k-NN class"], means["linear class"]]
+            rows.append([title, str(len(by_name[name])), *both, means["patches, mIoU"]])
+    return rows
+
+
 def labels_table(by_name):
     """{name: {seed: row}} -> rows of texts: agreement of pseudo labels, and in brackets that of
     chance."""
@@ -130,6 +162,8 @@ def tables(rows):
         if len(labels) > 1:
             text += "\n\n" + markdown(labels)
         found[stage, data] = text
+        if stage == "evidence":
+            found["summary", data] = markdown(summary_table(by_name))
     return found
 
 
@@ -168,17 +202,19 @@ def fill(page, found):
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("results", nargs="?", default=RESULTS, help="a file of extras/study.py")
-    parser.add_argument("--page", default=PAGE, type=Path, metavar="FILE",
-                        help="where tables go, and pictures beside it (default: docs/results.md)")
+    parser.add_argument("--pages", nargs="+", default=PAGES, type=Path, metavar="FILE",
+                        help="where tables go, and beside the first of them pictures (default: "
+                        "docs/results.md README.md)")
     options = parser.parse_args(argv)
     rows = read_json_lines(options.results)
-    page = fill(options.page.read_text(), tables(rows))
-    write_atomically(options.page, lambda file: file.write(page.encode()))
+    for path in options.pages:
+        page = fill(path.read_text(), tables(rows)).encode()
+        write_atomically(path, lambda file: file.write(page))
     for data in dict.fromkeys(row["data"] for row in rows):
         shown = [row for row in rows
                  if (row["stage"], row["data"]) == ("evidence", data) and "error" not in row]
         if shown:
-            picture(shown, options.page.parent / f"results-{data}.png")
+            picture(shown, options.pages[0].parent / f"results-{data}.png")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def test_means_and_differences_are_paired_by_seed():
             dict(a_row("evidence", "mae", 4, 0.9), error="broken"),
             dict(a_row("evidence", "pixels", 1, 0), knn={"tokens": {"pixels": 0.25}})]
     found = tables.tables(rows)
-    assert found.keys() == {("evidence", "shapes")}
+    assert found.keys() == {("evidence", "shapes"), ("summary", "shapes")}
     means, differences = found["evidence", "shapes"].split("\n\n")
     assert "| pl-mae | 2 | 45.0 (40.0 to 50.0) | 55.0 (50.0 to 60.0) |" in means
     assert "| mae | 3 | 43.3 (10.0 to 90.0) |" in means and "| 20.0 | 1000 |" in means
@@ -46,7 +46,7 @@ def test_fills_a_page_and_draws(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A\n\n<!-- evidence shapes -->\nold\n<!-- end -->\n\nFinding: B\n\n"
                     "<!-- evidence moon -->\n<!-- end -->\n")
-    flags = [str(tmp_path / "rows.jsonl"), "--page", str(page)]
+    flags = [str(tmp_path / "rows.jsonl"), "--pages", str(page)]
     tables.main(flags)
     text = page.read_text()
     assert "| mae | 1 | 30.0 |" in text and "old" not in text and "| same |" not in text
@@ -58,7 +58,18 @@ def test_fills_a_page_and_draws(tmp_path):
     assert [path.name for path in tmp_path.glob("*.png")] == ["results-shapes.png"]
 
 
-def test_the_page_of_the_project_has_the_results_of_the_project():
+def test_the_summary_has_means_in_its_own_order():
+    rows = [a_row("evidence", "pl-mae", 1, 0.4, patches={"miou": 0.2}),
+            a_row("evidence", "pl-mae", 2, 0.5, patches={"miou": 0.3}),
+            dict(a_row("evidence", "pixels", 1, 0, patches={"miou": 0.1}),
+                 knn={"tokens": {"pixels": 0.25}}, linear={"tokens": {"pixels": 0.15}})]
+    lines = tables.tables(rows)["summary", "shapes"].splitlines()
+    assert lines[2:] == ["| raw pixels | 1 | 25.0 | 15.0 | 10.0 |",
+                         "| `pl-mae` | 2 | 45.0 / 55.0 | 45.0 / 55.0 | 25.0 |"]
+
+
+def test_the_pages_of_the_project_have_the_results_of_the_project():
     """Otherwise run `python -m extras.tables`."""
-    page = tables.PAGE.read_text()
-    assert tables.fill(page, tables.tables(tables.read_json_lines(tables.RESULTS))) == page
+    found = tables.tables(tables.read_json_lines(tables.RESULTS))
+    for path in tables.PAGES:
+        assert tables.fill(path.read_text(), found) == path.read_text()
