@@ -11,11 +11,14 @@ code in it is ever executed. It holds
 Random states are not in it because there are none: every random number of a run is a function of
 (seed, step).
 
+`eval.py export` writes the encoder alone, for timm and for Hugging Face.
+
     encoder, transform = load_encoder("runs/pl-mae-shapes-micro/checkpoint.pt")
     tokens = encoder(transform(Image.open("cat.jpg"))[None])               # 1 1+N D
 """
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -27,7 +30,7 @@ import torch.nn.functional as F
 from mae import MaskedAutoencoder, VisionTransformer, pair
 from pseudo_labels import Student
 from teachers import make_teachers
-from utils.command_line import UsageError
+from utils.command_line import UsageError, make_folder
 from utils.files import write_atomically
 from utils.images import IMAGENET_MEAN, IMAGENET_STD, image_transform
 
@@ -35,7 +38,8 @@ NETWORKS = {"student": "student", "labelling-teacher": "labelling_teacher",
             "reconstruction-teacher": "reconstruction_teacher"}        # name: key in the file
 
 
-OLDER = {"teacher_view": "same", "remove_place": False}    # of runs from before these were settings
+# What runs did before these were settings.
+OLDER = {"teacher_view": "same", "remove_place": False, "init": None}
 
 # ------------------------------------------------------------------------------ the file of a run
 
@@ -154,6 +158,116 @@ def fill(module, names, state):
     module.load_state_dict({ours: state[theirs] for theirs, ours in names.items()})
 
 
+def start_from(student, path):
+    """--init: copy the encoder of a file into a new student, and its decoder if it has one that
+    fits -> mean and std of the pixels that these weights are used to.
+
+    path: a checkpoint of train.py (its student), official MAE weights, timm's, or an export. Heads
+    stay new."""
+    file, own = load_checkpoint(path, "--init"), sizes(student.mae.encoder)
+    try:
+        if is_of_train(file):
+            encoder, info = encoder_of_run(path, file, "student")
+        else:                              # shapes do not tell how many heads there are
+            encoder, info, _ = encoder_of_others(path, file, own["heads"])
+    except UsageError as error:
+        raise UsageError(str(error).replace("--checkpoint", "--init")) from error
+    theirs = sizes(encoder)
+    if theirs != own:
+        differ = ", ".join(f"{name} {theirs[name]} there, {own[name]} here" for name in own
+                           if theirs[name] != own[name])
+        raise UsageError(f"--init {path}: another network, {differ}; make them alike with --model, "
+                         "--img-size, --patch-size")
+    student.mae.encoder.load_state_dict(encoder.state_dict())
+    if student.mae.decoder is None:
+        return info["mean"], info["std"]
+    if is_of_train(file):
+        state = {official_name(name.removeprefix("mae.")): value
+                 for name, value in file["student"].items()}
+    else:
+        state = file.get("model", file)
+    decoder = {official_name(f"decoder.{name}"): name for name in student.mae.decoder.state_dict()}
+    state = {name: value for name, value in state.items() if name in decoder}
+    try:
+        fill(student.mae.decoder, decoder, state)
+    except UsageError as error:
+        print(f"--init {path}: the decoder starts anew ({error})", file=sys.stderr)
+    return info["mean"], info["std"]
+
+
+def sizes(encoder):
+    """What two encoders must have in common to share weights."""
+    block = encoder.blocks[0]
+    return {"img_size": encoder.img_size, "patch_size": encoder.patch_size,
+            "channels": encoder.in_chans, "width": encoder.cls_token.shape[-1],
+            "depth": len(encoder.blocks), "heads": block.attn.num_heads,
+            "width inside the MLP": block.mlp.fc1.out_features}
+
+
+# ------------------------------------------------------------------------ to timm and Hugging Face
+
+def to_hugging_face(encoder):
+    """A state_dict in the names of a saved ViTModel of Hugging Face. It keeps queries, keys and
+    values apart, which timm and we have in one matrix."""
+    renamed = [("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+               ("pos_embed", "embeddings.position_embeddings"),
+               ("cls_token", "embeddings.cls_token"), ("blocks.", "encoder.layer."),
+               ("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
+               ("attn.proj", "attention.output.dense"), ("mlp.fc1", "intermediate.dense"),
+               ("mlp.fc2", "output.dense")]
+    state = {}
+    for name, value in encoder.state_dict().items():
+        if name.startswith("norm."):
+            state[name.replace("norm", "layernorm")] = value
+            continue
+        for ours, theirs in renamed:
+            name = name.replace(ours, theirs)
+        if "attn.qkv" in name:
+            for part, each in zip(("query", "key", "value"), value.chunk(3)):
+                state[name.replace("attn.qkv", f"attention.attention.{part}")] = each.clone()
+        else:
+            state[name] = value
+    return state
+
+
+def export(encoder, info, folder):
+    """Write an encoder for other libraries -> lines that load it there.
+
+    encoder.pt       weights in the names of timm (and of the official MAE code), and mean, std and
+                     number of heads; also for --checkpoint and --init
+    config.json, pytorch_model.bin         a ViTModel of Hugging Face"""
+    folder = Path(folder)
+    make_folder(folder, "--out")
+    (H, W), (ph, pw), channels, D, depth, heads, hidden = sizes(encoder).values()
+    state = {name: value.cpu() for name, value in encoder.state_dict().items()}
+    save_checkpoint(folder / "encoder.pt", {"model": state, "mean": info["mean"],
+                                            "std": info["std"], "num_heads": heads})
+    save_checkpoint(folder / "pytorch_model.bin", to_hugging_face(encoder.cpu()))
+    size, patch = H if H == W else [H, W], ph if ph == pw else [ph, pw]
+    config = {"architectures": ["ViTModel"], "model_type": "vit", "image_size": size,
+              "patch_size": patch, "num_channels": channels, "hidden_size": D,
+              "num_hidden_layers": depth, "num_attention_heads": heads, "intermediate_size": hidden,
+              "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True}
+    text = json.dumps(config, indent=2) + "\n"
+    write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
+    return [
+        "# timm", "import timm, torch",
+        f'model = timm.models.VisionTransformer(img_size={(H, W)}, patch_size={(ph, pw)}, '
+        f"in_chans={channels}, embed_dim={D}, depth={depth}, num_heads={heads}, "
+        f"mlp_ratio={hidden / D:g}, num_classes=0).eval()",
+        f'model.load_state_dict(torch.load("{folder}/encoder.pt")["model"])',
+        "tokens = model.forward_features(images)                # class token first",
+        "# Hugging Face", "from transformers import ViTModel",
+        f'model = ViTModel.from_pretrained("{folder}", add_pooling_layer=False).eval()',
+        "tokens = model(images).last_hidden_state               # class token first",
+        "# both: images B C H W in 0..1, less their mean, by their std",
+        f"mean, std = {rounded(info['mean'])}, {rounded(info['std'])}"]
+
+
+def rounded(numbers):
+    return [round(each, 4) for each in numbers]
+
+
 # ------------------------------------------------------------------------ an encoder out of a file
 
 def load_encoder(path, num_heads=None, network=None, img_size=None):
@@ -170,7 +284,9 @@ def load_encoder(path, num_heads=None, network=None, img_size=None):
     else:
         if network not in (None, "student"):
             raise UsageError(f"--network {network}: checkpoint {path} has no teachers")
-        encoder, info = encoder_of_others(path, file, num_heads)
+        encoder, info, left_out = encoder_of_others(path, file, num_heads)
+        if left_out:
+            print(f"not of the encoder, left out: {', '.join(left_out)}", file=sys.stderr)
     encoder.info = info
     if img_size:
         resize_positions(encoder, img_size)
@@ -221,11 +337,13 @@ def mae_arguments(arch):
     return {k: v for k, v in arch.items() if k not in ("image_clusters", "patch_clusters")}
 
 
+EXPORTED = {"model", "mean", "std", "num_heads"}           # what is in a file of `export`
 # What files of whole models hold beside the encoder: MAE's decoder, a classifier.
 NOT_OF_THE_ENCODER = ("decoder_", "mask_token", "head.")
 
 
 def encoder_of_others(path, file, num_heads):
+    """Encoder, mean and std of the pixels, names of what is not of the encoder."""
     state = file if isinstance(file, dict) else {}
     for key in ("model", "state_dict"):                    # MAE's and timm's training checkpoints
         if isinstance(state.get(key), dict):
@@ -234,10 +352,10 @@ def encoder_of_others(path, file, num_heads):
     if lacking:
         raise UsageError(f"--checkpoint {path}: holds no vision transformer in the names of timm "
                          f"or MAE (no {', '.join(sorted(lacking))})")
+    if EXPORTED <= file.keys():
+        num_heads = file["num_heads"]
     encoder = VisionTransformer(**geometry(state, num_heads))
     skipped = [name for name in state if name.startswith(NOT_OF_THE_ENCODER)]
-    if skipped:
-        print(f"not of the encoder, left out: {', '.join(skipped)}", file=sys.stderr)
     try:
         fill(encoder, {name: name for name in encoder.state_dict()},
              {name: value for name, value in state.items() if name not in skipped})
@@ -245,9 +363,10 @@ def encoder_of_others(path, file, num_heads):
         raise UsageError(f"--checkpoint {path}: {error}. Only plain ViTs fit: one class token, no "
                          "LayerScale, no norm before the blocks, the norm after them") from error
     three = encoder.in_chans == 3
-    return encoder, {"mean": list(IMAGENET_MEAN) if three else [0.5] * encoder.in_chans,
-                     "std": list(IMAGENET_STD) if three else [0.5] * encoder.in_chans,
-                     "network": "student"}
+    known = file if EXPORTED <= file.keys() else {
+        "mean": list(IMAGENET_MEAN) if three else [0.5] * encoder.in_chans,
+        "std": list(IMAGENET_STD) if three else [0.5] * encoder.in_chans}
+    return encoder, {"mean": known["mean"], "std": known["std"], "network": "student"}, skipped
 
 
 def geometry(state, num_heads=None):

@@ -27,6 +27,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as TF
 
 from mae import pair
+from utils.coco import read_coco
 from utils.command_line import UsageError, make_folder
 from utils.images import decode, fit, open_image
 from utils.shapes import load_shapes
@@ -48,6 +49,7 @@ SETS = {
     "fashion-mnist": Set(size=28, patch=4, channels=1),
     "imagenette": Set(size=224, patch=16, channels=3),
     "imagefolder": Set(size=224, patch=16, channels=3),
+    "coco": Set(size=224, patch=16, channels=3),
 }
 
 
@@ -67,7 +69,8 @@ class Images:
     channels: int
     pixels: torch.Tensor | None = None         # n C H W uint8, of any H and W
     paths: list | None = None
-    targets: dict = field(default_factory=dict)    # `shapes` also has multilabel, masks, boxes
+    # `shapes` also has multilabel, masks, boxes; `coco` multilabel
+    targets: dict = field(default_factory=dict)
 
     def __len__(self):
         return len(self.labels)
@@ -92,11 +95,18 @@ def load_images(name, root, split, size=None, channels=None, resident_gb=4.0):
     crops are cut from the shrunken images; more are streamed, and crops are cut from the files at
     their own resolution. `Images.kept` says which it is; resident_gb=0 always streams.
 
-    imagefolder: "test" is ROOT/test or else ROOT/val. stl10: "train" includes its 100,000 images
+    imagefolder: "test" is ROOT/test or else ROOT/val. coco: the files of the COCO data sets,
+    ROOT/annotations/instances_train2017.json (or val2017) with ROOT/train2017/*.jpg; an image has
+    no label, but `multilabel`. stl10: "train" includes its 100,000 images
     without labels. Raises UsageError, with what to do about it, where files are missing."""
     size, channels = pair(size or SETS[name].size), channels or SETS[name].channels
     if name == "imagefolder":
         return folder(root, split, size, channels, resident_gb)
+    if name == "coco":
+        paths, multilabel, classes = read_coco(root, split)
+        images = Images(torch.full((len(paths),), -1), classes, size, channels, paths=paths,
+                        targets={"multilabel": multilabel})
+        return resident(images, resident_gb)
     if name == "imagenette":
         torchvision_set(datasets.Imagenette, root, size="320px")       # brings both splits
         return folder(Path(root) / "imagenette2-320", split, size, channels, resident_gb)
@@ -142,9 +152,7 @@ def torchvision_set(make, root, **which):
 
 
 def folder(root, split, size, channels, resident_gb):
-    """ROOT/<split>/<class>/*. To train, also a plain folder of images at any depth, no labels.
-
-    The images are decoded into one tensor if that takes at most resident_gb."""
+    """ROOT/<split>/<class>/*. To train, also a plain folder of images at any depth, no labels."""
     root = Path(root)
     base = base_folder(root, split)
     paths = sorted(path for path in base.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
@@ -165,9 +173,13 @@ def folder(root, split, size, channels, resident_gb):
             number = {name: i for i, name in enumerate(classes)}
             labels = torch.tensor([number[name] for name in names])
 
-    images = Images(labels, classes, size, channels, paths=paths)
-    if len(paths) * channels * math.prod(size) <= resident_gb * 1e9:
-        images.pixels = read(images, range(len(paths)))
+    return resident(Images(labels, classes, size, channels, paths=paths), resident_gb)
+
+
+def resident(images, resident_gb):
+    """Images of files, decoded into one tensor if that takes at most resident_gb."""
+    if len(images) * images.channels * math.prod(images.size) <= resident_gb * 1e9:
+        images.pixels = read(images, range(len(images)))
     return images
 
 

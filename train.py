@@ -36,9 +36,16 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import continue_from, kept_network, networks_and_optimizer, save_checkpoint
+from checkpoint import (
+    continue_from,
+    kept_network,
+    networks_and_optimizer,
+    save_checkpoint,
+    start_from,
+)
 from data import SETS, Batches, Images, generator, held_out, load_images, mean_std
-from eval import MONITORED, agreements, assign, monitor, reconstruct, standardised, subset
+from diagnosis import MONITORED, agreements, assign, monitor, reconstruct
+from features import standardised, subset
 from mae import SIZES, count_visible, masked_mse, pair, pixel_target
 from pseudo_labels import (
     BALANCING,
@@ -74,7 +81,7 @@ from utils.command_line import (
 from utils.devices import choose_device, choose_precision, start_processes
 from utils.files import append_json, read_json_lines, truncate_log, write_atomically
 from utils.log import line, signs_of_collapse
-from utils.pictures import clusters, curves, reconstructions, to_pictures
+from utils.pictures import clusters, curves, draw_rows, to_pictures
 from utils.ranks import alone, over_ranks, world_size
 
 # ------------------------------------------------------------------------------------- the step
@@ -202,6 +209,9 @@ class Config:
         "set's)", size)
     patch_size: int = option(
         None, "N or HxW, dividing the image (default: one that suits the data set)", size)
+    init: str = option(
+        None, "a file to start from: official MAE weights, timm's, a checkpoint.pt, an export; "
+        "mean and std of the pixels are then those of the file")
     # the views
     views: int = option(
         2, "views (crops) of an image: with 2, each predicts the image pseudo label of the other",
@@ -390,11 +400,10 @@ def architecture(config, channels):
                 patch_clusters=config.patch_clusters if config.patch_weight else 0)
 
 
-def build(config, channels, device, dtype):
-    """Student and teachers on the device; the weights depend on the seed alone."""
+def build(config, channels):
+    """A new student, whose weights depend on the seed alone."""
     torch.manual_seed(config.seed)
-    student = Student(**architecture(config, channels)).to(device, dtype)
-    return student, make_teachers(student, config)
+    return Student(**architecture(config, channels))
 
 
 def parameter_groups(network, weight_decay):
@@ -458,7 +467,10 @@ def main(argv=None):
 
     with memory_errors_in_one_line(config, device):
         # Student, teachers, optimiser, batches.
-        student, teachers = build(config, images.channels, device, dtype)
+        student = build(config, images.channels).to(device, dtype)
+        if config.init:
+            mean, std = start_from(student, config.init)
+        teachers = make_teachers(student, config)
         optimizer = torch.optim.AdamW(parameter_groups(student, config.weight_decay),
                                       betas=(0.9, 0.95), fused=device.type == "cuda")
         batches = Batches(
@@ -719,7 +731,7 @@ def evaluate_and_save(run, step):
             noise = torch.rand(8, encoder.num_patches, generator=generator(config.seed, "picture"))
             rows = reconstruct(run.student, run.teachers.reconstruction, config, run.images,
                                subset(shown_ids, 200), noise, mean, std, run.device)
-            reconstructions(rows, run.out / "reconstructions.png")
+            draw_rows(rows, run.out / "reconstructions.png")
         if teacher is not None:
             shown = {name: (each.cluster, each.cosine) for name, each in labels.items()}
             pictures = to_pictures(standardised(run.images, labelled_ids, mean, std), mean, std)

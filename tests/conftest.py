@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,10 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import eval as evaluation  # noqa: E402
+from data import Images  # noqa: E402
+
 torch.set_num_threads(1)                   # on tiny tensors a second thread costs more
 
 TOY = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=32, depth=2, num_heads=2,
@@ -75,5 +80,29 @@ def small_run(small_flags, tmp_path):
 def no_pictures(monkeypatch):
     """Runs that are not about pictures draw none: most of a small run's time is matplotlib's."""
     import train
-    for name in ("curves", "reconstructions", "clusters"):
+    for name in ("curves", "draw_rows", "clusters"):
         monkeypatch.setattr(train, name, lambda *args: None)
+
+
+# ------------------------------------------------------------------------------ images in memory
+
+MEAN, STD = [0.5, 0.4, 0.6], [0.2, 0.3, 0.25]
+
+
+def some_images(n, labels=None, classes=()):
+    pixels = torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.full((n,), -1) if labels is None else labels
+    return Images(labels, list(classes), (16, 16), 3, pixels)
+
+
+def inputs(images, ids, dtype=torch.float64):
+    """What a network should see of the images at ids."""
+    mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
+    return ((images.pixels[ids] / 255 - mean) / std).to(dtype)
+
+
+def record_of(capsys, *flags):
+    """What eval.py prints last."""
+    capsys.readouterr()
+    evaluation.main([*map(str, flags), "--device", "cpu"])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -1,28 +1,25 @@
 import json
-import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOY
+from conftest import MEAN, STD, TOY, TOY_SIZE, inputs, record_of, some_images
 from PIL import Image
 
 import eval as evaluation
+import features as frozen
 import train
-from checkpoint import kept_network, load_run, to_official
-from data import Images
-from mae import patchify
-from pseudo_labels import Student, plain_norm, sinkhorn
-from teachers import Teacher, standardise
-from utils.pictures import to_pictures
+from checkpoint import kept_network, load_encoder, load_run, to_official
+from mae import SIZES
+from pseudo_labels import Student
+from utils import probes, shapes
 
 CPU = torch.device("cpu")
-MEAN, STD = [0.5, 0.4, 0.6], [0.2, 0.3, 0.25]
-VIEWS = dict(remove_place=False, crop=0.35, colours=1.0, teacher_view="same")
 
 
 def blobs(n, seed=0, classes=3, dim=8):
@@ -32,38 +29,26 @@ def blobs(n, seed=0, classes=3, dim=8):
     return 3 * torch.eye(classes, dim)[y] + torch.randn(n, dim, generator=g), y
 
 
-def some_images(n, labels=None, classes=()):
-    pixels = torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8)
-    labels = torch.full((n,), -1) if labels is None else labels
-    return Images(labels, list(classes), (16, 16), 3, pixels)
-
-
-def inputs(images, ids, dtype=torch.float64):
-    """What a network should see of the images at ids."""
-    mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
-    return ((images.pixels[ids] / 255 - mean) / std).to(dtype)
-
-
 # ---------------------------------------------------------------------------- features, classifiers
 
 def test_features_are_the_class_token_and_the_mean_of_the_patches(monkeypatch):
     images, ids = some_images(20), torch.tensor([3, 17, 4, 9, 11])
     encoder = Student(**TOY).mae.encoder.double()
-    monkeypatch.setattr(evaluation, "CHUNK", 2)            # two, two, and one that is left over
-    found = evaluation.features(encoder, images, ids, MEAN, STD, CPU)
+    monkeypatch.setattr(frozen, "CHUNK", 2)            # two, two, and one that is left over
+    found = frozen.features(encoder, images, ids, MEAN, STD, CPU)
     tokens = encoder(inputs(images, ids)).float()
     assert found.keys() == {"class", "mean"} and not found["class"].requires_grad
     torch.testing.assert_close(found["class"], tokens[:, 0])
     torch.testing.assert_close(found["mean"], tokens[:, 1:].mean(1))
-    pixels = evaluation.features(None, images, ids, MEAN, STD, CPU)
+    pixels = frozen.features(None, images, ids, MEAN, STD, CPU)
     torch.testing.assert_close(pixels, {"pixels": inputs(images, ids, torch.float32).flatten(1)})
 
 
 def test_a_subset_is_evenly_spread():
     ids = torch.arange(100, 200)
-    assert evaluation.subset(ids, 4).tolist() == [100, 133, 166, 199]
-    assert torch.equal(evaluation.subset(ids, 100), ids)
-    assert torch.equal(evaluation.subset(ids, 1000), ids)
+    assert frozen.subset(ids, 4).tolist() == [100, 133, 166, 199]
+    assert torch.equal(frozen.subset(ids, 100), ids)
+    assert torch.equal(frozen.subset(ids, 1000), ids)
 
 
 def test_knn_equals_brute_force():
@@ -76,19 +61,19 @@ def test_knn_equals_brute_force():
         for cosine, label in nearest:
             votes[label] += torch.tensor(cosine / 0.07).exp().item()
         want.append(votes.index(max(votes)))
-    assert evaluation.knn(x, y, test_x, 3, k=5).tolist() == want
-    few = evaluation.knn(x[:2], y[:2], test_x, 3)          # fewer images than neighbours
+    assert probes.knn(x, y, test_x, 3, k=5).tolist() == want
+    few = probes.knn(x[:2], y[:2], test_x, 3)          # fewer images than neighbours
     assert few.shape == (30,)
 
 
 def test_linear_separates_what_a_plane_separates():
     (x, y), (test_x, test_y) = blobs(600), blobs(300, seed=1)
-    predictions = evaluation.linear(x, y, test_x, 3, epochs=10)
-    scores = [evaluation.accuracy(p, test_y) for p in predictions]
-    assert max(scores) > 0.95 and len(scores) == len(evaluation.LINEAR_RATES)
-    alone = evaluation.linear(x, y, test_x, 3, rates=evaluation.LINEAR_RATES[1:2], epochs=10)
+    predictions = probes.linear(x, y, test_x, 3, epochs=10)
+    scores = [probes.accuracy(p, test_y) for p in predictions]
+    assert max(scores) > 0.95 and len(scores) == len(probes.LINEAR_RATES)
+    alone = probes.linear(x, y, test_x, 3, rates=probes.LINEAR_RATES[1:2], epochs=10)
     assert torch.equal(alone[0], predictions[1])           # side by side, they do not touch
-    one = evaluation.linear(x, y, test_x[:1], 3, epochs=10)
+    one = probes.linear(x, y, test_x[:1], 3, epochs=10)
     assert torch.equal(one, predictions[:, :1])            # nor do the images that are tested
 
 
@@ -97,206 +82,19 @@ def test_classify_tunes_on_validation_images_and_then_uses_all():
     x, y = blobs(300, dim=100)
     x = x + torch.randn_like(x)                            # overlapping: rates differ in accuracy
     (test_x, _), val = blobs(60, seed=1, dim=100), torch.arange(300) % 4 == 0
-    val_predictions = evaluation.linear(x[~val], y[~val], x[val], 3)
-    scores = [evaluation.accuracy(p, y[val]) for p in val_predictions]
-    best = evaluation.LINEAR_RATES[scores.index(max(scores))]
+    val_predictions = probes.linear(x[~val], y[~val], x[val], 3)
+    scores = [probes.accuracy(p, y[val]) for p in val_predictions]
+    best = probes.LINEAR_RATES[scores.index(max(scores))]
     assert len(set(scores)) > 1
     validation, predictions = evaluation.classify("linear", x, y, val, test_x, 3)
     assert validation == max(scores)
-    assert torch.equal(predictions, evaluation.linear(x, y, test_x, 3, rates=[best])[0])
+    assert torch.equal(predictions, probes.linear(x, y, test_x, 3, rates=[best])[0])
     assert evaluation.classify("linear", x, y, val, 9 * torch.randn(60, 100), 3)[0] == validation
 
     validation, predictions = evaluation.classify("knn", x, y, val, test_x, 3)
-    on_val = evaluation.knn(x[~val], y[~val], x[val], 3)
-    assert validation == evaluation.accuracy(on_val, y[val])
-    assert torch.equal(predictions, evaluation.knn(x, y, test_x, 3))
-
-
-def test_monitor_is_knn_on_the_images_held_out():
-    images = some_images(40, torch.arange(40) % 3, "abc")
-    images.labels[4] = -1                                  # an image to train on without a label
-    images.pixels[:, 0] = 80 * (torch.arange(40) % 3)[:, None, None]
-    encoder = Student(**TOY).mae.encoder
-    train_ids, val_ids = torch.arange(30), torch.arange(30, 40)
-    found = evaluation.monitor(encoder, images, train_ids, val_ids, MEAN, STD, CPU)
-    labelled = train_ids[train_ids != 4]
-    x, test_x = (evaluation.features(encoder, images, ids, MEAN, STD, CPU)
-                 for ids in (labelled, val_ids))
-    want = {}
-    for token in ("class", "mean"):
-        predictions = evaluation.knn(x[token], images.labels[labelled], test_x[token], 3)
-        want[f"knn_{token}"] = evaluation.accuracy(predictions, images.labels[val_ids])
-        want[f"effective_rank_{token}"] = evaluation.effective_rank(test_x[token])
-    assert found == want and found["knn_mean"] > 0.9
-    none = torch.arange(0)
-    assert evaluation.monitor(encoder, images, train_ids, none, MEAN, STD, CPU) == {}
-    unlabelled = some_images(40)
-    assert evaluation.monitor(encoder, unlabelled, train_ids, val_ids, MEAN, STD, CPU) == {}
-
-
-def test_effective_rank_and_spread():
-    x = torch.randn(400, 16)
-    x[:, 4:] = 0
-    assert 3.5 < evaluation.effective_rank(x) <= 4
-    assert evaluation.effective_rank(x + 100) == pytest.approx(evaluation.effective_rank(x), abs=.1)
-    assert evaluation.spread(torch.randn(2000, 16)) == pytest.approx(1, abs=0.02)
-    assert evaluation.spread(torch.ones(50, 16) + 1e-4 * torch.randn(50, 16)) < 0.01
-    y = torch.randn(400, 16)
-    assert evaluation.centred_cosine(y, 2 * y + 5) == pytest.approx(1, abs=1e-4)
-    assert abs(evaluation.centred_cosine(y + 9, torch.randn(400, 16) + 9)) < 0.1
-
-
-# ------------------------------------------------------------------------------------------- assign
-
-@pytest.fixture
-def assigned(monkeypatch):
-    """Called with settings and a chunk: a labelling teacher, 23 images, what it makes of them."""
-    teacher = Teacher(Student(**TOY, image_clusters=5, patch_clusters=7), heads=True).double()
-    images, ids = some_images(30), torch.arange(25, 2, -1)
-
-    def call(chunk=1000, scores=2**27, balancing="sinkhorn"):
-        monkeypatch.setattr(evaluation, "CHUNK", chunk)
-        monkeypatch.setattr(evaluation, "SCORES", scores)
-        config = SimpleNamespace(balancing=balancing, teacher_temperature=0.0125,
-                                 remove_place=False)
-        return evaluation.assign(teacher, config, images, ids, MEAN, STD, CPU)
-
-    call.teacher, call.images, call.ids = teacher, images, ids
-    return call
-
-
-@pytest.mark.parametrize("chunk", [1, 7])
-def test_assign_in_chunks_is_assign_at_once(assigned, chunk):
-    """Labels are balanced over all images, not within a chunk."""
-    at_once, in_chunks = assigned(), assigned(chunk)
-    assert at_once["image"].labels.shape == (23, 5)
-    assert at_once["patch"].labels.shape == (23, 16, 7)
-    for name in ("image", "patch"):
-        for one, other in zip(at_once[name], in_chunks[name]):
-            torch.testing.assert_close(one, other)
-
-
-def test_what_is_assigned(assigned):
-    """Labels of the formula, the most probable cluster, and its cosine, by which pictures rank: at
-    a temperature of 0.0125 most probabilities are 1."""
-    teacher = assigned.teacher
-    tokens = teacher.encode(inputs(assigned.images, assigned.ids))
-    token = {"image": tokens[:, 0], "patch": plain_norm(tokens[:, 1:])}
-    heads = {"image": teacher.image_head, "patch": teacher.patch_head}
-    for name, (labels, cluster, cosine) in assigned().items():
-        head = heads[name]
-        want = sinkhorn(head(token[name]).flatten(0, -2), 0.0125)
-        torch.testing.assert_close(labels.flatten(0, -2), want)
-        assert torch.equal(cluster, labels.argmax(-1)) and len(cluster.unique()) > 1
-        prototypes = head.prototypes[cluster]                                              # n (N) d
-        by_hand = F.cosine_similarity(head.mlp(token[name]), prototypes, dim=-1)
-        torch.testing.assert_close(cosine, by_hand)
-        assert len(cosine.unique()) == cosine.numel()
-        assert not (labels.requires_grad or cosine.requires_grad)
-
-
-@pytest.mark.parametrize("chunk", [2, 1000])
-def test_patches_are_assigned_of_as_many_images_as_there_is_room_for(assigned, chunk):
-    found = assigned(chunk, scores=5 * 16 * 7 + 100)
-    assert found["image"].labels.shape == (23, 5)
-    assert found["patch"].labels.shape == (5, 16, 7) and found["patch"].cosine.shape == (5, 16)
-    tokens = assigned.teacher.encode(inputs(assigned.images, assigned.ids[:5]))
-    scores = assigned.teacher.patch_head(plain_norm(tokens[:, 1:])).flatten(0, 1)
-    torch.testing.assert_close(found["patch"].labels.flatten(0, 1), sinkhorn(scores, 0.0125))
-
-
-def test_what_is_assigned_without_the_place(assigned, monkeypatch):
-    """Labels of scores less their mean at a place; the cosine stays a cosine."""
-    monkeypatch.setattr(evaluation, "CHUNK", 7)
-    config = SimpleNamespace(balancing="sinkhorn", teacher_temperature=0.0125, remove_place=True)
-    found = evaluation.assign(assigned.teacher, config, assigned.images, assigned.ids, MEAN, STD,
-                              CPU)["patch"]
-    tokens = assigned.teacher.encode(inputs(assigned.images, assigned.ids))
-    scores = assigned.teacher.patch_head(plain_norm(tokens[:, 1:]))
-    want = sinkhorn((scores - scores.mean(0)).flatten(0, 1), 0.0125).view_as(scores)
-    torch.testing.assert_close(found.labels, want)
-    torch.testing.assert_close(found.cosine, scores.gather(-1, found.cluster[..., None])[..., 0])
-
-
-def test_assigning_uses_the_centres_and_leaves_them(assigned):
-    plain = assigned(balancing="centring")
-    assert not assigned.teacher.centres["image"].any()
-    favourite = plain["image"].cluster.mode().values
-    assigned.teacher.centres["image"][favourite] = 3       # its scores are 1 at most
-    moved = assigned(balancing="centring")
-    assert not (moved["image"].cluster == favourite).any()
-    assert assigned.teacher.centres["image"].sum() == 3
-
-
-def test_one_head_assigns_one_kind():
-    config = SimpleNamespace(balancing="me-max", teacher_temperature=0.05, remove_place=False)
-    images, ids = some_images(4), torch.arange(4)
-    for clusters, kinds in (({"image_clusters": 5}, {"image"}), ({"patch_clusters": 5}, {"patch"})):
-        teacher = Teacher(Student(**TOY, **clusters), heads=True)
-        assert evaluation.assign(teacher, config, images, ids, MEAN, STD, CPU).keys() == kinds
-
-
-# -------------------------------------------------------------------------------------- reconstruct
-
-def test_principal_colours_are_on_one_scale():
-    tokens = torch.randn(50, 8, dtype=torch.float64)
-    colours, others = evaluation.principal_colours(tokens, tokens[:7])
-    assert colours.shape == (50, 3) and 0 <= colours.min() and colours.max() <= 1
-    torch.testing.assert_close(others, colours[:7])
-
-
-@pytest.mark.parametrize("how", ["feature", "position", "token", "none"])
-def test_token_targets_of_the_picture_are_standardised_over_all_images(monkeypatch, how):
-    """Over all that are given, as in training over a batch; not over the few that are shown."""
-    seen = []
-
-    def colours(*tokens):
-        seen.extend(tokens)
-        return paint(*tokens)
-
-    paint = evaluation.principal_colours
-    monkeypatch.setattr(evaluation, "principal_colours", colours)
-    student = Student(**TOY, target_dim=32)
-    teacher, images, ids = Teacher(student), some_images(40), torch.arange(39, -1, -1)
-    config = SimpleNamespace(target="tokens", mask_ratio=0.75, standardise=how)
-    noise = torch.rand(3, 16)
-    rows = evaluation.reconstruct(student, teacher, config, images, ids, noise, MEAN, STD, CPU)
-    assert {name: len(pictures) for name, pictures in rows.items()} == {
-        "original": 3, "masked": 3, "teacher's tokens": 3, "prediction": 3}
-
-    imgs = inputs(images, ids, torch.float32)
-    tokens = teacher.encode(imgs)[:, 1:]                                                   # n N D
-    chosen = evaluation.subset(torch.arange(40), 3)        # spread over a folder sorted by class
-    target, shown = (x.view(3, 16, 32) for x in seen)
-    torch.testing.assert_close(target, standardise(tokens, how)[chosen])
-    over_the_shown = standardise(tokens[chosen], how)
-    assert torch.allclose(target, over_the_shown, atol=1e-2) == (how in ("token", "none"))
-    out = student(imgs[chosen], 0.75, noise)
-    hidden = out["mask"][..., None] == 1
-    torch.testing.assert_close(shown, torch.where(hidden, out["pred"], target))
-
-
-@pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_pixels_are_predicted_where_they_are_hidden(norm_pix_loss):
-    """A model of standardised patches borrows brightness and contrast from the original."""
-    student, images, noise = Student(**TOY), some_images(6), torch.rand(8, 16)
-    config = SimpleNamespace(target="pixels", mask_ratio=0.75, norm_pix_loss=norm_pix_loss)
-    ids = torch.arange(6)                                  # fewer than there is noise for
-    rows = evaluation.reconstruct(student, None, config, images, ids, noise, MEAN, STD, CPU)
-    assert rows.keys() == {"original", "masked", "prediction"}
-
-    imgs = inputs(images, ids, torch.float32)
-    out = student(imgs, 0.75, noise[:6])
-    pred, patches = out["pred"], patchify(imgs, 4)
-    if norm_pix_loss:
-        pred = pred * patches.std(-1, keepdim=True) + patches.mean(-1, keepdim=True)
-    want = {"original": patches, "masked": torch.zeros_like(patches), "prediction": pred}
-    hidden = out["mask"][..., None] == 1
-    for name, pictures in rows.items():
-        x = torch.where(hidden, want[name], patches)
-        x = x.view(6, 4, 4, 4, 4, 3).permute(0, 5, 1, 3, 2, 4).reshape(6, 3, 16, 16)
-        for picture, by_hand in zip(pictures, to_pictures(x, MEAN, STD)):
-            torch.testing.assert_close(picture, by_hand, atol=1e-4, rtol=0)
+    on_val = probes.knn(x[~val], y[~val], x[val], 3)
+    assert validation == probes.accuracy(on_val, y[val])
+    assert torch.equal(predictions, probes.knn(x, y, test_x, 3))
 
 
 # ------------------------------------------------------------------------------------- the networks
@@ -306,13 +104,6 @@ def untrained(small_run, no_pictures):
     """The checkpoint of a run that has not begun."""
     train.main([*small_run, "--epochs", "0"])
     return f"{small_run[-1]}/checkpoint.pt"
-
-
-def record_of(capsys, *flags):
-    """What eval.py prints last."""
-    capsys.readouterr()
-    evaluation.main([*map(str, flags), "--device", "cpu"])
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("network, tokens", [
@@ -335,9 +126,8 @@ def test_the_token_that_is_named_is_reported(untrained, capsys):
 
 
 def load(path, network):
-    options = SimpleNamespace(checkpoint=str(path), network=network, num_heads=None,
-                              img_size=None)
-    return evaluation.load_network(options)
+    options = SimpleNamespace(num_heads=None, img_size=None)
+    return evaluation.load_network(str(path), network, options)
 
 
 @pytest.mark.parametrize("recipe", ["pl-mae", "rc-mae"])
@@ -404,19 +194,19 @@ def with_other_test_labels(photos, root, seed):
     return root
 
 
-@pytest.mark.parametrize("task", ["knn", "linear"])
+@pytest.mark.parametrize("task", ["knn", "linear", "lowshot"])
 def test_choices_do_not_depend_on_the_test_labels(
         untrained, hard_photos, tmp_path, capsys, monkeypatch, task):
     """Token and learning rate are chosen on images of the training split. With other test labels
     they are the same, and only the accuracy on the test split is another one."""
     chosen = []
 
-    def linear(*args, rates=evaluation.LINEAR_RATES):
+    def linear(*args, rates=probes.LINEAR_RATES):
         if len(rates) == 1:                                # the last fit, at the rate of choice
             chosen.extend(rates)
         return fit(*args, rates=rates, epochs=30)
 
-    fit = evaluation.linear
+    fit = probes.linear
     monkeypatch.setattr(evaluation, "linear", linear)
     roots = [hard_photos] + [with_other_test_labels(hard_photos, tmp_path / str(seed), seed)
                              for seed in range(4)]
@@ -428,149 +218,151 @@ def test_choices_do_not_depend_on_the_test_labels(
         chosen.clear()
     for record, chosen_rates in zip(records, rates):
         assert record["token"] == records[0]["token"] and chosen_rates == rates[0]
+        assert record.get("strengths") == records[0].get("strengths")
         assert record["validation"] == records[0]["validation"]
     assert len(rates[0]) == (2 if task == "linear" else 0)             # one for each token
-    assert len({record["top1"] for record in records}) > 1
-    best_on_test = {max(record["tokens"], key=record["tokens"].get) for record in records}
-    assert best_on_test - {records[0]["token"]}            # who looks there chooses otherwise
+    assert len({json.dumps(record["top1"]) for record in records}) > 1
+    def best_on_test(record):
+        def score(token):
+            found = record["tokens"][token]
+            return found if task != "lowshot" else sum(sum(each) for each in found.values())
+        return max(record["tokens"], key=score)
+
+    # who looks there chooses otherwise
+    assert {*map(best_on_test, records)} - {records[0]["token"]}
 
 
-# ---------------------------------------------------------------------------------------- diagnosis
+# ------------------------------------------------------------------------------------- a few labels
 
-def test_diagnose(small_run, capsys, no_pictures):
-    """Of a finished run: features and pseudo labels in numbers. A teacher that copied the student
-    agrees with it entirely."""
-    train.main([*small_run, "--labelling-half-life", "0", "--reconstruction-half-life", "20"])
-    path = f"{small_run[-1]}/checkpoint.pt"
-    for network in ("student", "labelling-teacher", "reconstruction-teacher"):
-        record = record_of(capsys, "diagnose", "--checkpoint", path, "--network", network)
-        assert (record["task"], record["network"], record["images"]) == ("diagnose", network, 7)
-        for token in ("class", "mean"):
-            assert record[f"student_vs_labelling-teacher_{token}"] == pytest.approx(1)
-            assert record[f"student_vs_reconstruction-teacher_{token}"] < 1
-            assert 1 <= record[f"effective_rank_{token}"] <= 7
-            assert 0 < record[f"spread_{token}"] <= 1
-        for name, clusters in (("image", 4), ("patch", 16)):
-            assert record[f"{name}_ln_k"] == pytest.approx(math.log(clusters), abs=1e-4)
-            assert 0 <= record[f"{name}_entropy"] <= record[f"{name}_ln_k"]
-            assert 1 <= record[f"{name}_clusters"] <= clusters
-            assert 1 <= record[f"{name}_effective"] <= clusters + 1e-3
-            assert 1 / clusters <= record[f"{name}_largest"] <= 1
-            assert record[f"{name}_student_agrees"] == 1
-            for agreement in ("nmi", "nmi_shuffled", "purity", "purity_shuffled"):
-                assert 0 <= record[f"{name}_{agreement}"] <= 1
-            assert record[f"{name}_purity"] >= 1 / 3
-        assert 0 <= record["patch_nmi_place"] <= 1 and "image_nmi_place" not in record
+@pytest.fixture
+def shapes_run(tmp_path, monkeypatch, no_pictures):
+    """A small set of shapes, and the checkpoint of a run on it that has not begun."""
+    monkeypatch.setattr(shapes, "SCENES", {"train": (0, 120), "test": (500, 40)})
+    monkeypatch.setitem(SIZES, "micro", TOY_SIZE)
+    out = tmp_path / "run"
+    train.main(["--data-root", str(tmp_path), "--out", str(out), "--epochs", "0", "--device", "cpu",
+                "--batch-size", "64"])
+    return out / "checkpoint.pt"
 
 
-def test_diagnose_tells_pseudo_labels_that_are_classes():
-    """A labelling teacher with a prototype for each class finds pure clusters. A student with other
-    prototypes does not agree with it."""
-    images, ids = some_images(60, torch.arange(60) % 3, "abc"), torch.arange(60)
-    images.pixels[:, 0] = 80 * (torch.arange(60) % 3)[:, None, None]
-    student = Student(**TOY, image_clusters=3)
-    teacher = Teacher(student, heads=True)
-    config = SimpleNamespace(balancing="sinkhorn", teacher_temperature=0.0125, **VIEWS)
-    with torch.no_grad():
-        unit = teacher.image_head.project(teacher.encode(inputs(images, ids, torch.float32))[:, 0])
-        for label in range(3):
-            of_class = unit[images.labels == label].mean(0)
-            teacher.image_head.prototypes[label] = of_class - unit.mean(0)
-    found = evaluation.diagnose_labels(student, teacher, config, images, ids, MEAN, STD, CPU)
-    assert found["image_purity"] > 0.9 and found["image_nmi"] > 0.8
-    assert found["image_purity_shuffled"] < 0.6 and found["image_nmi_shuffled"] < 0.2
-    assert found["image_student_agrees"] < 0.9
-    assert not any(name.startswith("patch") for name in found)
-    images.labels[7] = -1                                  # not all have a class: no agreement
-    found = evaluation.diagnose_labels(student, teacher, config, images, ids, MEAN, STD, CPU)
-    assert not any("purity" in name or "nmi" in name for name in found)
+def test_lowshot(untrained, capsys):
+    record = record_of(capsys, "lowshot", "--checkpoint", untrained, "--draws", "2")
+    assert list(record["top1"]) == ["1", "2", "5", "10", "1%", "10%"] and record["draws"] == 2
+    assert record["images"] == {"1": 3, "2": 6, "5": 15, "10": 30, "1%": 3, "10%": 6}  # 3 classes
+    found = record["tokens"][record["token"]]
+    assert all(len(each) == 2 for each in found.values())
+    assert record["top1"]["10"] == pytest.approx(sum(found["10"]) / 2, abs=1e-4)
+    assert record["top1"]["10"] > record["guessing"] + 0.3                     # hues: easy
+    strengths = record["strengths"]["class"]
+    assert set(strengths["1"]) == {evaluation.ONE_STRENGTH}
+    assert set(strengths["10"]) <= set(evaluation.STRENGTHS)
 
 
-def labels_of(cluster, K):
-    """Pseudo labels that are certain of these clusters."""
-    return evaluation.Assigned(F.one_hot(cluster, K).float(), cluster, torch.ones(cluster.shape))
+def test_lowshot_says_where_there_are_fewer_images_than_asked_for(untrained, photos, tmp_path,
+                                                                  capsys):
+    shutil.copytree(photos, tmp_path / "few")
+    for i in range(20):
+        (tmp_path / "few" / "train" / "red" / f"{i}.png").unlink()
+    record = record_of(capsys, "lowshot", "--checkpoint", untrained, "--data", "imagefolder",
+                       "--data-root", tmp_path / "few")
+    assert record["images"]["10"] < 30
+    evaluation.main(["lowshot", "--checkpoint", untrained, "--data", "imagefolder", "--data-root",
+                     str(tmp_path / "few"), "--device", "cpu"])
+    assert "fewer than ten training images" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["place", "colour", "mask", "noise"])
-def test_agreements_tell_what_patch_pseudo_labels_hold(what):
-    """Labels that are made of one thing agree with it, and with chance alone in the others."""
-    images, ids = some_images(40), torch.arange(5, 40)
-    images.targets["masks"] = torch.randint(0, 4, (40, 4, 4)).repeat_interleave(
-        4, 1).repeat_interleave(4, 2).byte()               # each patch is of one class
-    patches = patchify(inputs(images, ids, torch.float32), 4)
-    cluster = {"place": torch.arange(16).expand(35, 16),
-               "colour": evaluation.colour_bins(patches, 3),
-               "mask": images.targets["masks"][ids][:, ::4, ::4].flatten(1).long(),
-               "noise": torch.randint(0, 8, (35, 16))}[what]
-    teacher = Teacher(Student(**TOY, patch_clusters=7), heads=True)
-    labels = {"patch": labels_of(cluster, 64)}
-    found = evaluation.agreements(labels, teacher, None, images, ids, MEAN, STD, CPU)
-    for name in ("place", "colour", "mask"):
-        agreement, chance = found[f"patch_nmi_{name}"], found[f"patch_nmi_{name}_shuffled"]
-        assert agreement == pytest.approx(1) if name == what else agreement < chance + 0.06
+def test_several_networks_stand_side_by_side(untrained, capsys, tmp_path):
+    """The same network twice differs by nothing, in each draw; features are computed once."""
+    copy = tmp_path / "copy" / "checkpoint.pt"
+    copy.parent.mkdir()
+    shutil.copy(untrained, copy)
+    evaluation.main(["knn", "lowshot", "--checkpoint", untrained, str(copy), "--device", "cpu",
+                     "--network", "student", "pixels", "--plot", str(tmp_path / "few.png")])
+    captured = capsys.readouterr()
+    records = [json.loads(line) for line in captured.out.splitlines()]
+    assert [(each["task"], each["network"]) for each in records] == [
+        ("knn", "student"), ("lowshot", "student"), ("knn", "pixels"), ("lowshot", "pixels"),
+        ("knn", "student"), ("lowshot", "student")]        # pixels: of the first checkpoint alone
+    assert records[1]["tokens"] == records[5]["tokens"]
+    assert len((copy.parent / "eval.jsonl").read_text().splitlines()) == 2
+    lines = captured.err.splitlines()
+    lines = lines[next(i for i, line in enumerate(lines) if line.startswith("lowshot")):]
+    assert [line.split("  ")[0] for line in lines] == [
+        "lowshot, test, %", f"run student, {records[1]['token']}", "run pixels, pixels", "",
+        f"copy student, {records[1]['token']}", "", "guessing"]
+    assert lines[-2].split() == ["minus", "the", "first", *6 * ["+0.0", "±", "0.0"]]
+    assert plt.imread(tmp_path / "few.png").shape[2] == 4
 
 
-def test_colours_are_binned_evenly():
-    patches = torch.rand(50, 20, 12)                       # of 4 pixels in 3 channels
-    bins = evaluation.colour_bins(patches, 3)
-    assert bins.shape == (50, 20) and len(bins.unique()) == 64
-    red = patches.unflatten(-1, (4, 3)).mean(2)[..., 0]
-    quarter = bins // 16                                   # 4 bins of red, of equal size
-    assert quarter.unique(return_counts=True)[1].tolist() == [250] * 4
-    assert red[quarter == 0].max() < red[quarter == 1].min()
-    assert len(evaluation.colour_bins(patches, 1).unique()) == 64
+def test_differences_are_of_the_same_draws():
+    record = {"task": "lowshot", "split": "test", "token": "mean", "guessing": 0.1}
+    records = {"a": record | {"tokens": {"mean": {"1": [0.2, 0.4]}}},
+               "b": record | {"tokens": {"mean": {"1": [0.3, 0.5]}}}}
+    assert evaluation.table("lowshot", records).splitlines() == [
+        "lowshot, test, %             1", "a, mean            30.0 ± 14.1",
+        "b, mean            40.0 ± 14.1", "  minus the first  +10.0 ± 0.0",
+        "guessing                  10.0"]
 
 
-def test_two_views_of_an_image_agree_where_labels_see_what_views_share():
-    """Images of three flat colours: crops of them are alike. Noise is not like itself."""
-    images, ids = some_images(60), torch.arange(60)
-    teacher = Teacher(Student(**TOY, image_clusters=3), heads=True)
-    config = SimpleNamespace(balancing="sinkhorn", teacher_temperature=0.0125, crop=0.35,
-                             colours=0.0, teacher_view="same")
-    noise = evaluation.two_views_agree(teacher, config, images, ids, MEAN, STD, CPU)
-    images.pixels[:] = 120 * (torch.arange(60) % 3)[:, None, None, None]
-    flat = evaluation.two_views_agree(teacher, config, images, ids, MEAN, STD, CPU)
-    for found in (noise, flat):
-        assert found["image_two_views_chance"] == pytest.approx(1 / 3, abs=0.1)
-    assert flat["image_two_views"] > 0.95 > 0.8 > noise["image_two_views"]
-    again = evaluation.two_views_agree(teacher, config, images, ids, MEAN, STD, CPU)
-    assert again == flat
+def test_multilabel(shapes_run, capsys):
+    record = record_of(capsys, "multilabel", "--checkpoint", shapes_run)
+    assert list(record["map"])[-1] == "all" and record["images"]["all"] == 120
+    assert record["classes"].keys() == shapes.KINDS.keys()
+    alone = [each for each in record["classes"].values() if each is not None]
+    assert sum(alone) / len(alone) == pytest.approx(record["map"]["all"], abs=1e-3)
+    assert 0 < record["guessing"] < 0.5 and record["map"]["10%"] > 0.1
+    on_validation = record_of(capsys, "multilabel", "--checkpoint", shapes_run, "--split",
+                              "validation")
+    assert on_validation["test_images"] == 0
+    assert on_validation["tokens"] == on_validation["validation"]
 
 
-def test_two_views_are_what_the_teacher_sees_in_training(monkeypatch):
-    """The views of Batches, of the run's own settings, a chunk at a time."""
-    images, ids = some_images(21), torch.arange(21)
-    teacher = Teacher(Student(**TOY, image_clusters=3), heads=True)
-    config = SimpleNamespace(balancing="sinkhorn", teacher_temperature=0.0125, crop=0.5,
-                             colours=2.0, teacher_view="other-colours")
-    monkeypatch.setattr(evaluation, "CHUNK", 7)
-    found = evaluation.two_views_agree(teacher, config, images, ids, MEAN, STD, CPU)
-    batches = evaluation.Batches(images, ids, MEAN, STD, seed=0, batch=7, patches=16, views=2,
-                                 smallest=0.5, colours=2.0, teacher_view="other-colours")
-    scores = torch.cat([teacher.image_head(teacher.encode(views.teacher)[:, 0]).view(2, 7, 3)
-                        for views in batches.run(0, 3)], dim=1)
-    cluster = sinkhorn(scores.flatten(0, 1), 0.0125).argmax(1).view(2, 21)
-    assert found["image_two_views"] == evaluation.accuracy(*cluster)
+# ---------------------------------------------------------------------------- features, pictures
+
+@pytest.mark.parametrize("split, n", [("train", 72), ("validation", 7), ("test", 18)])
+def test_features_are_written(untrained, photos, capsys, tmp_path, split, n):
+    out = tmp_path / "x.npz"
+    record = record_of(capsys, "features", "--checkpoint", untrained, "--split", split, "--patches",
+                       "--out", out)
+    with np.load(out) as file:
+        found = dict(file)
+    assert found["class_token"].shape == (n, 96) and found["patch_tokens"].shape == (n, 16, 96)
+    np.testing.assert_allclose(found["patch_tokens"].mean(1), found["mean_token"], atol=1e-5)
+    encoder, transform = load_encoder(untrained)
+    image = transform(Image.open(found["paths"][2]))
+    np.testing.assert_allclose(found["class_token"][2], encoder(image[None])[0, 0], atol=1e-4)
+    assert Path(found["paths"][2]).parent.name == found["classes"][found["labels"][2]]
+    assert record["arrays"]["labels"] == [n]
 
 
-def test_the_students_labels_are_centred_as_the_teachers_are():
-    """So a student that is its teacher agrees with it."""
-    student, images, ids = Student(**TOY, image_clusters=5), some_images(30), torch.arange(30)
-    teacher = Teacher(student, heads=True)
-    config = SimpleNamespace(balancing="centring", teacher_temperature=0.0125, **VIEWS)
-    teacher.centres["image"][[0, 1, 2, 3]] = 3             # scores are 1 at most: only 4 is left
-    found = evaluation.diagnose_labels(student, teacher, config, images, ids, MEAN, STD, CPU)
-    assert found["image_clusters"] == 1 and found["image_student_agrees"] == 1
-    teacher.centres["image"].sub_(3).abs_()                # now 4 is the one that is left out
-    found = evaluation.diagnose_labels(student, teacher, config, images, ids, MEAN, STD, CPU)
-    assert found["image_student_agrees"] == 1
+def test_attention_is_what_the_class_token_gathers_values_by():
+    encoder, imgs = Student(**TOY).mae.encoder, torch.randn(2, 3, 16, 16)
+    weights = frozen.class_attention(encoder, imgs)                                # B heads N
+    assert weights.shape == (2, 2, 16) and (weights.sum(-1) < 1).all()
+    attention, seen = encoder.blocks[-1].attn, {}
+    attention.proj.register_forward_pre_hook(lambda _, inputs: seen.update(out=inputs[0]))
+    attention.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
+    encoder(imgs)
+    values = attention.qkv(seen["x"])[..., 64:].unflatten(-1, (2, 16))         # B 1+N heads 16
+    every = torch.cat([1 - weights.sum(-1, keepdim=True), weights], dim=-1)
+    want = torch.einsum("bhn,bnhd->bhd", every, values).flatten(1)
+    torch.testing.assert_close(seen["out"][:, 0], want)
 
 
-def test_diagnose_without_pseudo_labels(small_run, capsys, no_pictures):
-    train.main([*small_run, "--epochs", "0", "--recipe", "mae"])
-    record = record_of(capsys, "diagnose", "--checkpoint", f"{small_run[-1]}/checkpoint.pt")
-    assert record["student_vs_reconstruction-teacher_mean"] == pytest.approx(1)
-    assert not any(name.startswith(("image_", "patch_")) for name in record)
+@pytest.mark.parametrize("network, names", [
+    ("student", {"neighbours", "components", "attention"}),
+    ("pixels", {"neighbours", "components"})])
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_pictures(untrained, monkeypatch, network, names, split):
+    drawn = {}
+    monkeypatch.setattr(evaluation, "draw_neighbours", lambda rows, *rest: drawn.update(rows=rows))
+    evaluation.main(["knn", "--checkpoint", untrained, "--device", "cpu", "--pictures", "--network",
+                     network, "--split", split])
+    found = {path.stem for path in Path(untrained).parent.glob(f"*-{network}.png")}
+    assert found == {f"{name}-{network}" for name in names - {"neighbours"}}
+    right = [label == labels[0] for _, labels in drawn["rows"] for label in labels[1:]]
+    assert len(drawn["rows"]) == (8 if split == "test" else 7)
+    assert sum(right) > 0.6 * len(right)                   # hues: neighbours are of a class
 
 
 # ---------------------------------------------------------------------------------- what is refused
@@ -595,6 +387,16 @@ def test_bad_flags(untrained, tmp_path, refused):
     assert "--token class" in refused(*knn, "--network", "pixels", "--token", "class")
     assert "invalid choice" in refused("dance", "--checkpoint", untrained)
     assert "--checkpoint" in refused("knn")
+    assert "--draws: knn does not use it" in refused(*knn, "--draws", "2")
+    assert "--draws 0: must be 1 or more" in refused("lowshot", *knn[1:], "--draws", "0")
+    assert "--patches: knn does not use it" in refused(*knn, "--patches")
+    assert "--split train: is of features alone" in refused(*knn, "--split", "train")
+    assert "there is no encoder to write" in refused("export", *knn[1:], "--network", "pixels")
+    assert "--out: is of one task of one network" in refused(
+        "export", *knn[1:], "--network", "student", "untrained", "--out", tmp_path)
+    assert "one of lowshot and multilabel" in refused("lowshot", "multilabel", *knn[1:], "--plot",
+                                                      "x.png")
+    assert "an image has one class here" in refused("multilabel", *knn[1:], "--device", "cpu")
     student, _, _ = load_run(untrained)                    # others' weights, with no settings
     torch.save(student.mae.encoder.state_dict(), tmp_path / "bare.pt")
     bare = ["--checkpoint", tmp_path / "bare.pt", "--num-heads", 3, "--device", "cpu"]

@@ -6,7 +6,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-CONCEPTS = ["mae", "pseudo_labels", "teachers", "data", "checkpoint", "eval", "train"]
+CONCEPTS = ["mae", "pseudo_labels", "teachers", "data", "checkpoint", "features", "diagnosis",
+            "eval", "train"]
 FIGURES = {"torch", "torchvision", "numpy", "matplotlib", "PIL"}
 ALLOWED = {                                # beside the standard library
     "mae": {"torch"},
@@ -14,8 +15,12 @@ ALLOWED = {                                # beside the standard library
     "teachers": {"torch", "mae", "pseudo_labels", "utils.ranks"},
     "data": {"torch", "torchvision", "numpy", "mae.pair", "utils"},
     "checkpoint": {"torch", "mae", "pseudo_labels", "teachers", "data", "utils"},
-    "eval": {"torch", "mae", "pseudo_labels", "teachers", "data", "checkpoint", "utils"},
-    "train": {"torch", "mae", "pseudo_labels", "teachers", "data", "checkpoint", "eval", "utils"},
+    "features": {"torch", "mae", "data"},
+    "diagnosis": {"torch", "mae", "pseudo_labels", "teachers", "data", "checkpoint", "features",
+                  "utils"},
+    "eval": {"torch", "numpy", "mae", "data", "checkpoint", "features", "diagnosis", "utils"},
+    "train": {"torch", "mae", "pseudo_labels", "teachers", "data", "checkpoint", "features",
+              "diagnosis", "utils"},
 }
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 import eval as evaluation
 import train
 from mae import SIZES
+from utils import probes
 from utils.command_line import UsageError
 from utils.masks import classes_in, count_pixels, mask_path, read_mask
 
@@ -62,13 +63,13 @@ def test_iou_is_that_of_pixels():
     painted[:, 0] = mask[:, 0, 0].clamp(max=2)
     counts = torch.stack([count_pixels(each, (8, 8), (2, 2), 4) for each in mask])
     pixels = painted.view(5, 2, 2).repeat_interleave(4, 1).repeat_interleave(4, 2)
-    known, found = mask != 255, evaluation.iou(painted, counts)
+    known, found = mask != 255, probes.iou(painted, counts)
     for label in range(3):
         hit = ((pixels == label) & (mask == label)).sum()
         either = (((pixels == label) & known) | (mask == label)).sum()
         assert found[label].item() == pytest.approx((hit / either).item())
     assert math.isnan(found[3])                            # there is none of it
-    assert evaluation.mean_iou(painted, counts) == pytest.approx(found[:3].mean().item(), abs=1e-4)
+    assert probes.mean_iou(painted, counts) == pytest.approx(found[:3].mean().item(), abs=1e-4)
 
 
 def test_paint_finds_what_is_in_the_tokens():
@@ -81,7 +82,7 @@ def test_paint_finds_what_is_in_the_tokens():
     val = torch.arange(60) % 5 == 0
     good, painted = evaluation.paint(said, counts, val, None)
     assert good > 0.95 and painted.shape == (12, 16)
-    assert evaluation.mean_iou(painted, counts[val]) == good
+    assert probes.mean_iou(painted, counts[val]) == good
     bad, painted = evaluation.paint(torch.randn(60, 16, 8), counts, val, said[:7])
     assert bad < 0.5 and painted.shape == (7, 16)
 
@@ -187,7 +188,7 @@ def test_a_mask_is_of_the_upright_picture(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--void", "300"], "--void 300: pixels of masks are 0 to 255"),
     (["--void", "1"], "--void 1: beside it the masks hold no number but 0"),
-    (["--token", "mean"], "--token mean: patches uses all tokens"),
+    (["--token", "mean"], "--token: patches does not use it"),
 ])
 def test_flags_that_make_no_sense(checkpoint, pairs, flags, words):
     for path in pairs.glob("*annot/*"):

@@ -26,7 +26,8 @@ def setting(*flags, dtype=torch.float64):
                             "--image-clusters", "4", "--patch-clusters", "7", *flags])
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(train.SIZES, "micro", TOY_SIZE | dict(decoder_embed_dim=64))
-        student, teachers = train.build(config, 3, torch.device("cpu"), dtype)
+        student = train.build(config, 3).to(dtype)
+        teachers = train.make_teachers(student, config)
     imgs = torch.randn(4 * config.views, 3, 16, 16, dtype=dtype)
     teacher_imgs = imgs
     if config.teacher_view == "other-colours":

@@ -67,3 +67,18 @@ def read_mask(path):
         raise UsageError(f"--data-root: the mask {file} has {mask.size} pixels, its image "
                          f"{size}, upright; make them alike")
     return torch.from_numpy(np.array(mask, dtype=np.uint8))
+
+
+def masks_of(images, ids):
+    """The masks of the images at ids: n, each H W uint8. Raises UsageError if there are none."""
+    if "masks" in images.targets:
+        return list(images.targets["masks"][ids])
+    if images.paths is not None:
+        return [read_mask(images.paths[i]) for i in ids]
+    raise UsageError("--data: this set has no masks; use shapes, or an imagefolder of pairs "
+                     "ROOT/<split>/NAME.jpg, ROOT/<split>annot/NAME.png")
+
+
+def pixels_of_classes(masks, size, grid, classes, void=255):
+    """Pixels of each class in each patch of the images of these masks: n N C."""
+    return torch.stack([count_pixels(mask, size, grid, classes, void) for mask in masks])

@@ -149,8 +149,8 @@ def mosaic(axis, rows, gap=0.08):
     axis.spines[:].set_visible(False)
 
 
-def reconstructions(rows, path):
-    """Draw reconstructions.png. rows: {name: pictures}, such as original, masked, prediction."""
+def draw_rows(rows, path):
+    """Draw rows of pictures, {name: pictures}: reconstructions.png, attention.png."""
     columns = max(len(pictures) for pictures in rows.values())
     size = (1.3 * columns + 1.5, 1.4 * len(rows))
     figure, axis = plt.subplots(figsize=size, layout="constrained")
@@ -227,4 +227,60 @@ def clusters(found, pictures, grid, path):
         rows = galleries(labels, cosines, pictures, grid if name == "patch" else None)
         axis.set_title(titles[name])
         mosaic(axis, {f"cluster {cluster}": shown for cluster, shown in rows.items()})
+    save(figure, path)
+
+
+# ------------------------------------------------------------------------------------- evaluations
+
+def draw_neighbours(rows, classes, path):
+    """Draw neighbours.png. Each row has pictures, an image and those nearest to it, and their
+    labels, -1 where there is none: green if of the class of the first, red if not."""
+    columns = max(len(pictures) for pictures, _ in rows)
+    figure, axes = plt.subplots(len(rows), columns, figsize=(1.2 * columns, 1.4 * len(rows)),
+                                squeeze=False, layout="constrained")
+    for row, (pictures, labels) in zip(axes, rows):
+        for axis in row:
+            axis.axis("off")
+        for axis, picture, label in zip(row, pictures, labels):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
+            if label >= 0:
+                colour = "black" if axis is row[0] else "green" if label == labels[0] else "red"
+                axis.set_title(classes[label][:14], fontsize=8, color=colour)
+    save(figure, path)
+
+
+def draw_components(points, shares, labels, classes, path):
+    """Draw components.png: points n 2, shares of the variance on each axis, labels n (-1: none).
+
+    The ten commonest classes have colours."""
+    figure, axis = plt.subplots(figsize=(7, 5.5), layout="constrained")
+    known = labels[labels >= 0]
+    coloured = known.bincount().argsort(descending=True)[:10].sort().values if len(known) else []
+    others = ~torch.isin(labels, torch.as_tensor(coloured, dtype=labels.dtype))
+    axis.scatter(*points[others].T, s=8, color="lightgrey")
+    for number, label in enumerate(coloured):
+        axis.scatter(*points[labels == label].T, s=8, color=f"C{number}", label=classes[label])
+    for name, share, set_label in zip(("first", "second"), shares,
+                                      (axis.set_xlabel, axis.set_ylabel)):
+        set_label(f"{name} principal component ({share:.0%} of the variance)")
+    if len(coloured):
+        figure.legend(loc="outside right upper", fontsize=8)
+    save(figure, path)
+
+
+def draw_few(curves, ylabel, path):
+    """Draw scores over the number of labelled images. curves: {name: labels (their texts), images,
+    scores, deviations}, four lists alike."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, (_, images, scores, deviations) in curves.items():
+        axis.errorbar(images, [100 * each for each in scores], [100 * each for each in deviations],
+                      marker="o", markersize=4, capsize=3, label=name)
+    texts, images = next(iter(curves.values()))[:2]
+    each = [f"{text} each" if text.isdigit() else text for text in texts]
+    axis.set_xscale("log")
+    axis.set_xticks(images, [f"{text}\n({n})" for text, n in zip(each, images)], fontsize=8)
+    axis.minorticks_off()
+    axis.set(xlabel="labels (in brackets: labelled images)", ylabel=f"{ylabel}, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
     save(figure, path)
