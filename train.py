@@ -170,7 +170,7 @@ def per_mask(x, config):
 
 DATA_ROWS = {
     "shapes": dict(epochs=12, batch_size=64, mask_ratio=0.5, colours=5.0, image_clusters=32,
-                   teacher_temperature=0.0125, remove_place=True, patch_weight=1.0),
+                   teacher_temperature=0.0125),
 }
 RECIPES = {
     "mae": dict(target="pixels", image_weight=0.0, patch_weight=0.0, views=1, colours=0.0,
@@ -250,13 +250,13 @@ class Config:
         0.5, "weight of KoLeo beside the image pseudo labels: keeps class tokens of different "
         "images apart (not tuned)", range=POSITIVE)
     patch_weight: float = option(
-        0.1, "weight of the patch pseudo labels; 0 turns them off", range=POSITIVE)
+        1.0, "weight of the patch pseudo labels; 0 turns them off", range=POSITIVE)
     patch_clusters: int = option(
         128, "clusters (prototypes) of patch pseudo labels (not tuned)", range=(2, math.inf))
     labelled_patches: str = option(
         "both", "which patches predict their pseudo label", choices=["visible", "masked", "both"])
     remove_place: bool = option(
-        False, "take from the scores of patches their mean at each place, so that patch pseudo "
+        True, "take from the scores of patches their mean at each place, so that patch pseudo "
         "labels say less of where a patch is")
     balancing: str = option(
         "sinkhorn", "what keeps pseudo labels from gathering in one cluster",
@@ -361,6 +361,10 @@ def check(config):
                          "nothing to learn; raise one")
     if config.consistency_weight and config.target != "pixels":
         raise UsageError("--consistency-weight: compares predicted pixels; use --target pixels")
+    views = config.batch_size // config.accumulate * config.views
+    if config.patch_weight and config.remove_place and views == 1:
+        raise UsageError("--remove-place: one view in a micro-batch is its own mean, which leaves "
+                         "nothing; use a larger --batch-size, or --no-remove-place")
     for name, samples, K in samples_and_clusters(config):
         if K > samples > 0:
             raise UsageError(

@@ -99,8 +99,8 @@ def train_and_judge(run, data_root, out):
     split = "validation" if run.stage == "search" else "test"
     network = ["--network", run.name] if run.name in YARDSTICKS else []
     tasks = ["knn", "linear"] + ["patches"] * (run.data == "shapes")
-    for task in tasks + ["diagnose"] * (not network):
-        eval.main([task, "--checkpoint", str(out / "checkpoint.pt"), "--split", split, *network])
+    eval.main([*tasks, *["diagnose"] * (not network), "--checkpoint", str(out / "checkpoint.pt"),
+               "--split", split, *network])
     for record in read_json_lines(out / "eval.jsonl"):
         row[record["task"]] = {name: value for name, value in record.items()
                                if name not in ("task", "checkpoint", "seconds", "data", "step")}

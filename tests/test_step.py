@@ -326,6 +326,7 @@ def test_labels_of_a_short_run_beat_shuffled_ones(flags, tmp_path, no_pictures):
     (["--rec-weight", "0", "--image-weight", "0", "--patch-weight", "0"], "nothing to learn"),
     (["--target", "none", "--image-weight", "0", "--patch-weight", "0"], "nothing to learn"),
     (["--target", "none"], "use --patch-weight 0"),
+    (["--views", "1", "--batch-size", "1"], "--remove-place: one view in a micro-batch"),
     (["--consistency-weight", "1"], "use --target pixels"),
     (["--recipe", "pl-mae-one-teacher", "--reconstruction-half-life", "9"],
      "use --labelling-half-life"),
