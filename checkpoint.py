@@ -206,28 +206,27 @@ def sizes(encoder):
 
 # ------------------------------------------------------------------------ to timm and Hugging Face
 
-def to_hugging_face(encoder):
-    """A state_dict in the names of a saved ViTModel of Hugging Face. It keeps queries, keys and
-    values apart, which timm and we have in one matrix."""
+def to_hugging_face(state):
+    """An encoder's state_dict in the names of a saved ViTModel of Hugging Face. It keeps queries,
+    keys and values apart, which timm and we have in one matrix."""
     renamed = [("patch_embed.proj", "embeddings.patch_embeddings.projection"),
                ("pos_embed", "embeddings.position_embeddings"),
                ("cls_token", "embeddings.cls_token"), ("blocks.", "encoder.layer."),
                ("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
                ("attn.proj", "attention.output.dense"), ("mlp.fc1", "intermediate.dense"),
                ("mlp.fc2", "output.dense")]
-    state = {}
-    for name, value in encoder.state_dict().items():
-        if name.startswith("norm."):
-            state[name.replace("norm", "layernorm")] = value
-            continue
+    found = {}
+    for name, value in state.items():
+        if name.startswith("norm."):                       # the last one, not that of a block
+            name = name.replace("norm", "layernorm")
         for ours, theirs in renamed:
             name = name.replace(ours, theirs)
         if "attn.qkv" in name:
             for part, each in zip(("query", "key", "value"), value.chunk(3)):
-                state[name.replace("attn.qkv", f"attention.attention.{part}")] = each.clone()
+                found[name.replace("attn.qkv", f"attention.attention.{part}")] = each.clone()
         else:
-            state[name] = value
-    return state
+            found[name] = value
+    return found
 
 
 def export(encoder, info, folder):
@@ -242,7 +241,7 @@ def export(encoder, info, folder):
     state = {name: value.cpu() for name, value in encoder.state_dict().items()}
     save_checkpoint(folder / "encoder.pt", {"model": state, "mean": info["mean"],
                                             "std": info["std"], "num_heads": heads})
-    save_checkpoint(folder / "pytorch_model.bin", to_hugging_face(encoder.cpu()))
+    save_checkpoint(folder / "pytorch_model.bin", to_hugging_face(state))
     size, patch = H if H == W else [H, W], ph if ph == pw else [ph, pw]
     config = {"architectures": ["ViTModel"], "model_type": "vit", "image_size": size,
               "patch_size": patch, "num_channels": channels, "hidden_size": D,

@@ -107,7 +107,7 @@ def pick_few(y, classes, pool, labels, seed):
     return order[((belongs[order] == 1) & (so_far <= wanted)).any(1)]
 
 
-def right(logits, y):
+def score(logits, y):
     """Accuracy, or, where an image may have several classes, mean average precision."""
     return accuracy(logits.argmax(1), y) if y.ndim == 1 else mean_average_precision(logits, y)
 
@@ -116,7 +116,7 @@ def classify_few(x, y, classes, picked, val, strengths):
     """Logistic regression on the picked images -> what it scores on validation images, its
     strength, chosen on these, and its weights. x: `centred`; val: n, True for those images."""
     fits = [logistic_regression(x[picked], y[picked], classes, each) for each in strengths]
-    scores = [right(predict(weights, x[val]), y[val]) for weights in fits]
+    scores = [score(predict(weights, x[val]), y[val]) for weights in fits]
     best = max(range(len(scores)), key=scores.__getitem__)
     return scores[best], strengths[best], fits[best]
 
@@ -168,18 +168,15 @@ class Judged:
         labels = self.images(split).labels
         return torch.nonzero((labels >= 0) | (labels < 0).all()).flatten()
 
-    def compute(self, split, ids):
-        encoder = None if self.network == "pixels" else self.encoder
-        return features(encoder, self.images(split), ids, self.info["mean"], self.info["std"],
-                        self.device)
-
     def features(self, split):
         """Of the images at `ids`, on the device: {"class": n D, "mean": n D}, or {"pixels": n P}.
         Of "test" if it is not looked at, None for each."""
         if split == "test" and not self.tested:
             return dict.fromkeys(self.features("train"))
         if split not in self.found:
-            found = self.compute(split, self.ids(split))
+            encoder = None if self.network == "pixels" else self.encoder
+            found = features(encoder, self.images(split), self.ids(split), self.info["mean"],
+                             self.info["std"], self.device)
             self.found[split] = {token: x.to(self.device) for token, x in found.items()}
         return self.found[split]
 
@@ -193,7 +190,9 @@ class Judged:
         """Of training images, True for those that choose and do not train."""
         _, out = held_out(self.images("train"), self.kept_out())
         val = torch.isin(ids, out)
-        return val if val.any() else spread_out(len(ids), self.kept_out())   # if none has a label
+        if not val.any():                                  # none has a label, or they are few
+            val = spread_out(len(ids), max(0.1, self.kept_out()))
+        return val
 
     def beside(self, stem, suffix):
         """Where a file goes: --out, or the folder of the checkpoint."""
@@ -363,7 +362,7 @@ def fit_draw(x, y, classes, val, labels, seed, test_x, test_y):
     if labels == "all":
         of_class = {name: None if math.isnan(each) else round(each, 4) for name, each in
                     zip(classes, average_precision(logits, judging_y).tolist())}
-    return Fit(len(picked), strength, validation, right(logits, judging_y), of_class)
+    return Fit(len(picked), strength, validation, score(logits, judging_y), of_class)
 
 
 def guessing(y):
@@ -548,6 +547,12 @@ def check(options):
         raise UsageError("--split train: is of features alone; use test or validation")
     if options.plot and {"lowshot", "multilabel"} <= tasks:
         raise UsageError("--plot: draws one of lowshot and multilabel; call them one by one")
+    for name in ("out", "plot"):                           # said now, not after the work
+        path = getattr(options, name)
+        if path and (not Path(path).absolute().parent.is_dir()
+                     or Path(path).is_dir() and tasks & {"features", "lowshot", "multilabel"}):
+            raise UsageError(f"--{name} {path}: cannot be written; name a file in a folder that is "
+                             "there")
     if options.out and (tasks >= {"features", "export"}
                         or len(options.checkpoint) * max(1, len(networks)) > 1):
         raise UsageError("--out: is of one task of one network; leave it out, and files go beside "
@@ -566,6 +571,9 @@ def main(argv=None):
     if len({each.name for each in judged}) < len(judged):  # several files of one folder
         for each, (checkpoint, network) in zip(judged, pairs):
             each.name = f"{checkpoint} {network or ''}".strip()
+    if len({each.data for each in judged}) > 1:            # each on the set it was trained on
+        for each in judged:
+            each.name += f" on {each.data}"
     records = {task: {} for task in options.task}
     for each in judged:
         for task in options.task:
