@@ -51,8 +51,8 @@ def load_checkpoint(path, flag="--checkpoint"):
     """The dictionary at `path`, tensors on the CPU. Raises UsageError if there is none or it cannot
     be read."""
     if not Path(path).is_file():
-        raise UsageError(f"{flag} {path}: there is no such file (it is checkpoint.pt in the folder "
-                         "of a run)")
+        what = "is a folder; name a file in it" if Path(path).is_dir() else "there is no such file"
+        raise UsageError(f"{flag} {path}: {what} (checkpoint.pt of a run, encoder.pt of an export)")
     try:
         # official MAE training checkpoints carry their argparse.Namespace, which is plain data too
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -158,12 +158,12 @@ def fill(module, names, state):
     module.load_state_dict({ours: state[theirs] for theirs, ours in names.items()})
 
 
-def start_from(student, path):
+def start_from(student, path, target):
     """--init: copy the encoder of a file into a new student, and its decoder if it has one that
-    fits -> mean and std of the pixels that these weights are used to.
+    predicts the same target -> mean and std of the pixels that these weights are used to.
 
     path: a checkpoint of train.py (its student), official MAE weights, timm's, or an export. Heads
-    stay new."""
+    stay new. Codes of places are interpolated if images have another size there."""
     file, own = load_checkpoint(path, "--init"), sizes(student.mae.encoder)
     try:
         if is_of_train(file):
@@ -172,26 +172,33 @@ def start_from(student, path):
             encoder, info, _ = encoder_of_others(path, file, own["heads"])
     except UsageError as error:
         raise UsageError(str(error).replace("--checkpoint", "--init")) from error
+    if encoder.patch_size == student.mae.encoder.patch_size:
+        resize_positions(encoder, own["img_size"])
     theirs = sizes(encoder)
     if theirs != own:
         differ = ", ".join(f"{name} {theirs[name]} there, {own[name]} here" for name in own
                            if theirs[name] != own[name])
-        raise UsageError(f"--init {path}: another network, {differ}; make them alike with --model, "
-                         "--img-size, --patch-size")
+        raise UsageError(f"--init {path}: another network, {differ}; make them alike with --model "
+                         "and --patch-size")
     student.mae.encoder.load_state_dict(encoder.state_dict())
-    if student.mae.decoder is None:
-        return info["mean"], info["std"]
+    taken = "its encoder"
     if is_of_train(file):
+        same = file["config"]["target"] == target
         state = {official_name(name.removeprefix("mae.")): value
                  for name, value in file["student"].items()}
     else:
-        state = file.get("model", file)
-    decoder = {official_name(f"decoder.{name}"): name for name in student.mae.decoder.state_dict()}
-    state = {name: value for name, value in state.items() if name in decoder}
-    try:
-        fill(student.mae.decoder, decoder, state)
-    except UsageError as error:
-        print(f"--init {path}: the decoder starts anew ({error})", file=sys.stderr)
+        same, state = target == "pixels", weights_of(file)
+    if student.mae.decoder is not None and same and "mask_token" in state:
+        names = {official_name(f"decoder.{name}"): name
+                 for name in student.mae.decoder.state_dict()}
+        try:
+            fill(student.mae.decoder, names,
+                 {name: value for name, value in state.items() if name in names})
+            taken += " and decoder"
+        except UsageError as error:
+            print(f"--init {path}: its decoder does not fit, {error}", file=sys.stderr)
+    print(f"starts from {path}: {taken}, and the mean and std of pixels that it is used to",
+          file=sys.stderr)
     return info["mean"], info["std"]
 
 
@@ -234,13 +241,15 @@ def export(encoder, info, folder):
 
     encoder.pt       weights in the names of timm (and of the official MAE code), and mean, std and
                      number of heads; also for --checkpoint and --init
-    config.json, pytorch_model.bin         a ViTModel of Hugging Face"""
+    config.json, pytorch_model.bin         a ViTModel of Hugging Face
+    load.py          the lines"""
     folder = Path(folder)
     make_folder(folder, "--out")
     (H, W), (ph, pw), channels, D, depth, heads, hidden = sizes(encoder).values()
     state = {name: value.cpu() for name, value in encoder.state_dict().items()}
-    save_checkpoint(folder / "encoder.pt", {"model": state, "mean": info["mean"],
-                                            "std": info["std"], "num_heads": heads})
+    save_checkpoint(folder / "encoder.pt", {
+        "model": state, "mean": info["mean"], "std": info["std"], "num_heads": heads,
+        "img_size": (H, W)})
     save_checkpoint(folder / "pytorch_model.bin", to_hugging_face(state))
     size, patch = H if H == W else [H, W], ph if ph == pw else [ph, pw]
     config = {"architectures": ["ViTModel"], "model_type": "vit", "image_size": size,
@@ -249,22 +258,25 @@ def export(encoder, info, folder):
               "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True}
     text = json.dumps(config, indent=2) + "\n"
     write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
-    return [
-        "# timm", "import timm, torch",
+    lines = [
+        "import torch",
+        f"mean, std = {info['mean']}, {info['std']}",
+        f"pixels = torch.rand(2, {channels}, {H}, {W})  # your images, B C H W in 0..1",
+        "images = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]",
+        "# timm",
+        "import timm",
         f'model = timm.models.VisionTransformer(img_size={(H, W)}, patch_size={(ph, pw)}, '
         f"in_chans={channels}, embed_dim={D}, depth={depth}, num_heads={heads}, "
         f"mlp_ratio={hidden / D:g}, num_classes=0).eval()",
         f'model.load_state_dict(torch.load("{folder}/encoder.pt")["model"])',
-        "tokens = model.forward_features(images)                # class token first",
-        "# Hugging Face", "from transformers import ViTModel",
+        "tokens = model.forward_features(images)  # the class token first",
+        "# Hugging Face",
+        "from transformers import ViTModel",
         f'model = ViTModel.from_pretrained("{folder}", add_pooling_layer=False).eval()',
-        "tokens = model(images).last_hidden_state               # class token first",
-        "# both: images B C H W in 0..1, less their mean, by their std",
-        f"mean, std = {rounded(info['mean'])}, {rounded(info['std'])}"]
-
-
-def rounded(numbers):
-    return [round(each, 4) for each in numbers]
+        "tokens = model(images).last_hidden_state  # the class token first"]
+    text = "\n".join(lines) + "\n"
+    write_atomically(folder / "load.py", lambda file: file.write(text.encode()))
+    return lines
 
 
 # ------------------------------------------------------------------------ an encoder out of a file
@@ -336,24 +348,34 @@ def mae_arguments(arch):
     return {k: v for k, v in arch.items() if k not in ("image_clusters", "patch_clusters")}
 
 
-EXPORTED = {"model", "mean", "std", "num_heads"}           # what is in a file of `export`
+EXPORTED = {"model", "mean", "std", "num_heads", "img_size"}       # what a file of `export` holds
 # What files of whole models hold beside the encoder: MAE's decoder, a classifier.
 NOT_OF_THE_ENCODER = ("decoder_", "mask_token", "head.")
 
 
-def encoder_of_others(path, file, num_heads):
-    """Encoder, mean and std of the pixels, names of what is not of the encoder."""
+def weights_of(file):
+    """The state_dict of a file of others, or of an export."""
     state = file if isinstance(file, dict) else {}
     for key in ("model", "state_dict"):                    # MAE's and timm's training checkpoints
         if isinstance(state.get(key), dict):
             state = state[key]
+    return state
+
+
+def encoder_of_others(path, file, num_heads):
+    """Encoder, mean and std of the pixels, names of what is not of the encoder."""
+    state = weights_of(file)
     lacking = {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} - state.keys()
     if lacking:
         raise UsageError(f"--checkpoint {path}: holds no vision transformer in the names of timm "
                          f"or MAE (no {', '.join(sorted(lacking))})")
-    if EXPORTED <= file.keys():
+    exported = EXPORTED <= file.keys()
+    if exported:
         num_heads = file["num_heads"]
-    encoder = VisionTransformer(**geometry(state, num_heads))
+    arguments = geometry(state, num_heads)
+    if exported:                                           # images need not be square
+        arguments["img_size"] = tuple(file["img_size"])
+    encoder = VisionTransformer(**arguments)
     skipped = [name for name in state if name.startswith(NOT_OF_THE_ENCODER)]
     try:
         fill(encoder, {name: name for name in encoder.state_dict()},
@@ -362,7 +384,7 @@ def encoder_of_others(path, file, num_heads):
         raise UsageError(f"--checkpoint {path}: {error}. Only plain ViTs fit: one class token, no "
                          "LayerScale, no norm before the blocks, the norm after them") from error
     three = encoder.in_chans == 3
-    known = file if EXPORTED <= file.keys() else {
+    known = file if exported else {
         "mean": list(IMAGENET_MEAN) if three else [0.5] * encoder.in_chans,
         "std": list(IMAGENET_STD) if three else [0.5] * encoder.in_chans}
     return encoder, {"mean": known["mean"], "std": known["std"], "network": "student"}, skipped

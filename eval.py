@@ -6,19 +6,19 @@
 `knn` asks whether images of a class lie together; `linear` whether a plane separates them. For a
 masked autoencoder the second answer is much the better one. `lowshot` is logistic regression with
 1, 2, 5, 10 labelled images of each class, and with 1 % and 10 % of all labels; `multilabel` the
-same where an image may have several classes. `patches` paints each patch in a class, and is held
-against masks. `diagnose` looks for collapse, and at what pseudo labels agree with.
+same where an image may have several classes. `patches` paints each patch in a class; masks tell
+whether it is the right one. `diagnose` looks for collapse, and at what pseudo labels agree with.
 
 `features` writes features into a file of numpy; `export` the encoder for timm and Hugging Face.
 
-Which token is asked matters, so both are reported: the class token, and the mean of the patch
+The choice of token matters, so both are reported: the class token, and the mean of the patch
 tokens. Where one number is given, it is of the token that was better on validation images. These
 are the images of the training split that the run held out (of another set, or if it held out none,
 a tenth of that split). They also choose what is tuned. --split validation stops there and does not
 look at the test split.
 
 Of each task and network a JSON object is printed, and appended to eval.jsonl beside the checkpoint.
-A table on stderr has them side by side, and less the first.
+A table on stderr compares them. It also shows each difference from the first.
 
 Letters:  n m images, N patches, D width of a token, C classes.
 """
@@ -26,6 +26,7 @@ Letters:  n m images, N patches, D width of a token, C classes.
 import functools
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -78,10 +79,14 @@ def classify(task, x, y, val, test_x, classes):
         validation = accuracy(knn(fit_x, fit_y, val_x, classes), val_y)
         return validation, None if test_x is None else knn(x, y, test_x, classes)
     scores = [accuracy(p, val_y) for p in linear(fit_x, fit_y, val_x, classes)]
-    best = max(range(len(scores)), key=scores.__getitem__)
+    best = place_of_highest(scores)
     if test_x is None:
         return scores[best], None
     return scores[best], linear(x, y, test_x, classes, rates=[LINEAR_RATES[best]])[0]
+
+
+def place_of_highest(scores):
+    return max(range(len(scores)), key=scores.__getitem__)
 
 
 def pick_few(y, classes, pool, labels, seed):
@@ -95,16 +100,16 @@ def pick_few(y, classes, pool, labels, seed):
     order = order[pool[order]]
     if labels == "all":
         return order
-    belongs = F.one_hot(y, classes) if y.ndim == 1 else y.long()                         # n classes
-    if labels.endswith("%"):
-        share = float(labels[:-1]) / 100
-        if y.ndim == 2:
-            return order[:max(1, round(share * len(y)))]
-        wanted = (share * belongs.sum(0)).round().clamp(min=1)
-    else:
-        wanted = int(labels)
-    so_far = belongs[order].cumsum(0)                      # of its class, in this order
-    return order[((belongs[order] == 1) & (so_far <= wanted)).any(1)]
+    if y.ndim == 2 and labels.endswith("%"):
+        return order[:max(1, round(float(labels[:-1]) / 100 * len(y)))]
+    picked = []
+    for name in range(classes):
+        belongs = (y == name) if y.ndim == 1 else y[:, name] == 1                          # n
+        wanted = int(labels.rstrip("%"))
+        if labels.endswith("%"):
+            wanted = max(1, round(wanted / 100 * belongs.sum().item()))
+        picked.append(order[belongs[order]][:wanted])
+    return torch.cat(picked).unique()          # an image of several classes may be picked twice
 
 
 def score(logits, y):
@@ -115,9 +120,12 @@ def score(logits, y):
 def classify_few(x, y, classes, picked, val, strengths):
     """Logistic regression on the picked images -> what it scores on validation images, its
     strength, chosen on these, and its weights. x: `centred`; val: n, True for those images."""
-    fits = [logistic_regression(x[picked], y[picked], classes, each) for each in strengths]
-    scores = [score(predict(weights, x[val]), y[val]) for weights in fits]
-    best = max(range(len(scores)), key=scores.__getitem__)
+    fits, scores, weights = [], [], None
+    for strength in strengths:                             # from the strongest on: each starts
+        weights = logistic_regression(x[picked], y[picked], classes, strength, weights)  # from the
+        fits.append(weights)                               # one before, as it is not far from there
+        scores.append(score(predict(weights, x[val]), y[val]))
+    best = place_of_highest(scores)
     return scores[best], strengths[best], fits[best]
 
 
@@ -136,16 +144,16 @@ def paint(x, counts, val, test_x):
 
     on_validation = fit(x[~val], counts[~val], x[val])
     scores = [mean_iou(painted, counts[val]) for painted in on_validation]
-    best = max(range(len(scores)), key=scores.__getitem__)
+    best = place_of_highest(scores)
     if test_x is None:
         return scores[best], on_validation[best]
     return scores[best], fit(x, counts, test_x, rates=[LINEAR_RATES[best]])[0]
 
 
-# ------------------------------------------------------------------- a network, and what judges it
+# --------------------------------------------------------------- a network, and what evaluates it
 
-class Judged:
-    """A frozen network, the images that it is judged on, and its features, computed once.
+class Evaluated:
+    """A frozen network, the images it is evaluated on, and its features, computed once.
 
     load: `load_images`, which may remember what it loaded."""
 
@@ -154,10 +162,17 @@ class Judged:
         self.encoder, self.info = load_network(checkpoint, network, options)
         self.encoder.to(device)
         self.data, self.root = choose_data(options, self.info.get("config", {}))
+        self.set = self.data, str(self.root), self.kept_out()      # what scores depend on
         self.network = self.info["network"]
-        self.suffix = f"-{network}" if network else ""     # of the files that are written
-        self.tested = options.split != "validation"        # is the test split looked at?
+        # of the files that are written, so that none takes another one's name
+        parts = [Path(checkpoint).stem.removeprefix("checkpoint"), network,
+                 options.img_size and "x".join(map(str, self.encoder.img_size))]
+        self.suffix = "".join(f"-{part}" for part in parts if part)
+        self.tested = options.split == "test"              # is the test split looked at?
         self.name = f"{Path(checkpoint).absolute().parent.name} {network or ''}".strip()
+        self.images_from = self.data       # for names of files: whose images these are
+        if self.data in ("imagefolder", "coco"):
+            self.images_from += f"-{Path(self.root).absolute().name}"
         self.found = {}
 
     def images(self, split):
@@ -194,9 +209,9 @@ class Judged:
             val = spread_out(len(ids), max(0.1, self.kept_out()))
         return val
 
-    def beside(self, stem, suffix):
+    def output_path(self, stem, suffix):
         """Where a file goes: --out, or the folder of the checkpoint."""
-        if self.options.out and not suffix == ".png":
+        if self.options.out and suffix != ".png":
             return Path(self.options.out)
         return Path(self.checkpoint).parent / f"{stem}{self.suffix}{suffix}"
 
@@ -204,18 +219,29 @@ class Judged:
         """A class for each image -> y n, test_y m (None if not looked at), names of the classes."""
         train = self.images("train")
         if (train.labels < 0).all():
-            raise UsageError(f"--data-root {self.root}: the training images have no labels; use "
-                             "ROOT/train/<class>/*")
-        enough(self.root, int((train.labels >= 0).sum()), "labelled training images")
+            raise UsageError(f"--data-root {self.root}: training images do not have one class; use "
+                             + ("the task multilabel" if "multilabel" in train.targets
+                                else "ROOT/train/<class>/*"))
+        require_images(self.root, int((train.labels >= 0).sum()), "labelled training images")
         if not self.tested:
             return train.labels[self.ids("train")].to(self.device), None, train.classes
         test = self.images("test")
-        if train.classes != test.classes:
-            differ = sorted(set(train.classes) ^ set(test.classes))[:5]
-            raise UsageError(f"--data-root {self.root}: {len(train.classes)} classes to train on "
-                             f"and {len(test.classes)} to test on, different: {', '.join(differ)}")
+        self.require_the_same_classes(train, test)
         return *(images.labels[self.ids(split)].to(self.device)
                  for split, images in (("train", train), ("test", test))), train.classes
+
+    def require_the_same_classes(self, train, test):
+        if len(train.classes) < 2:
+            raise UsageError(f"--data-root {self.root}: has one class, so there is nothing to tell "
+                             "apart; add another")
+        for ours, theirs, lacks in ((train, test, "test"), (test, train, "training")):
+            missing = [name for name in ours.classes if name not in theirs.classes]
+            if missing:
+                raise UsageError(f"--data-root {self.root}: no {lacks} images of the classes "
+                                 f"{', '.join(missing[:5])}; add some, or remove these classes")
+        if train.classes != test.classes:
+            raise UsageError(f"--data-root {self.root}: training and test classes are not in the "
+                             "same order; sort them alike")
 
     def multilabels(self):
         """Several classes to an image -> y n C of 0 and 1, test_y m C, names of the classes."""
@@ -226,11 +252,13 @@ class Judged:
                 raise UsageError(f"--data {self.data}: an image has one class here; use lowshot, "
                                  "or a set where it may have several: shapes, coco")
             found.append(images.targets["multilabel"][self.ids(split)].to(self.device))
-        enough(self.root, len(found[0]), "training images")
+        require_images(self.root, len(found[0]), "training images")
+        if self.tested:
+            self.require_the_same_classes(self.images("train"), self.images("test"))
         return found[0], found[1] if self.tested else None, self.images("train").classes
 
 
-def enough(root, n, what):
+def require_images(root, n, what):
     if n < 10:
         raise UsageError(f"--data-root {root}: {n} {what}; at least 10 are needed, one to validate "
                          "on")
@@ -249,7 +277,7 @@ def load_network(checkpoint, network, options):
         if "arch" not in info:
             raise UsageError("--network untrained: needs a checkpoint of train.py; `train.py "
                              "--epochs 0` writes one")
-        torch.manual_seed(info["config"]["seed"])      # the very weights that the run began with
+        torch.manual_seed(info["config"]["seed"])          # what a run without --init began with
         encoder = MaskedAutoencoder(**mae_arguments(info["arch"])).encoder.eval()
     info["network"] = network or info["network"]
     if options.img_size:
@@ -270,54 +298,62 @@ def choose_data(options, config):
 
 
 # ----------------------------------------------------------------------------------------- tasks
-# Each takes a `Judged` and gives what its line of results says.
+# Each takes a `Evaluated` and gives what its line of results says.
 
-def run_knn(judged):
-    return run_classifier(judged, "knn")
-
-
-def run_linear(judged):
-    return run_classifier(judged, "linear")
+def run_knn(evaluated):
+    return run_classifier(evaluated, "knn")
 
 
-def run_classifier(judged, task):
-    y, test_y, classes = judged.labels()
-    x, test_x = judged.features("train"), judged.features("test")
-    val = judged.validates(judged.ids("train")).to(y.device)
+def run_linear(evaluated):
+    return run_classifier(evaluated, "linear")
+
+
+def run_classifier(evaluated, task):
+    y, test_y, classes = evaluated.labels()
+    x, test_x = evaluated.features("train"), evaluated.features("test")
+    val = evaluated.validates(evaluated.ids("train")).to(y.device)
     validation, accuracies = {}, {}
     for token in x:
         validation[token], predictions = classify(task, x[token], y, val, test_x[token],
                                                   len(classes))
-        if judged.tested:
+        if evaluated.tested:
             accuracies[token] = accuracy(predictions, test_y)
-    token = judged.options.token or max(validation, key=validation.get)
+    token = evaluated.options.token or max(validation, key=validation.get)
     accuracies = accuracies or validation
     return {"top1": accuracies[token], "token": token, "tokens": accuracies,
-            "validation": validation, "guessing": guessing(y), "images": len(y),
-            "test_images": len(test_y) if judged.tested else 0}
+            "validation": validation, "guessing": guessing(test_y if evaluated.tested else y[val]),
+            "images": len(y),
+            "test_images": len(test_y) if evaluated.tested else 0}
 
 
-def run_lowshot(judged):
-    return run_few(judged, *judged.labels(), FEW, "top1")
+def run_lowshot(evaluated):
+    return run_few(evaluated, *evaluated.labels(), FEW, "top1")
 
 
-def run_multilabel(judged):
-    y, test_y, classes = judged.multilabels()
-    if judged.tested and not test_y.any():
-        raise UsageError(f"--data-root {judged.root}: no test image has a class; nothing to score")
-    return run_few(judged, y, test_y, classes, (*FEW, "all"), "map")
+def run_multilabel(evaluated):
+    y, test_y, classes = evaluated.multilabels()
+    val = evaluated.validates(evaluated.ids("train"))
+    for scored, which in ((y[val.to(y.device)], "validation"), (test_y, "test")):
+        if scored is not None and not scored.any():
+            raise UsageError(f"--data-root {evaluated.root}: no {which} image has a class, so "
+                             "nothing can be scored; add images that have one")
+    return run_few(evaluated, y, test_y, classes, (*FEW, "all"), "map")
 
 
-def run_few(judged, y, test_y, classes, amounts, name):
+def run_few(evaluated, y, test_y, classes, amounts, name):
     """Logistic regression on a few labels: --draws times for each of the amounts, once for "all".
 
     Features are centred on the mean of all training images, which takes no labels."""
-    val, draws = judged.validates(judged.ids("train")).to(y.device), judged.options.draws or 3
-    scarce(judged, y, ~val, classes)
+    draws = evaluated.options.draws or 3
+    val = evaluated.validates(evaluated.ids("train")).to(y.device)
+    warn_of_small_classes(evaluated, y, ~val, classes)
     rows = {}
-    for token, x in judged.features("train").items():
-        test_x = judged.features("test")[token]
-        x, test_x = [*centred(x), None] if test_x is None else centred(x, test_x)
+    for token, x in evaluated.features("train").items():
+        test_x = evaluated.features("test")[token]
+        if test_x is None:
+            [x] = centred(x)
+        else:
+            x, test_x = centred(x, test_x)
         rows[token] = {labels: [fit_draw(x, y, classes, val, labels, seed, test_x, test_y)
                                 for seed in range(1 if labels == "all" else draws)]
                        for labels in amounts}
@@ -327,13 +363,14 @@ def run_few(judged, y, test_y, classes, amounts, name):
                         for labels, fits in by_labels.items()} for token, by_labels in rows.items()}
 
     scores, validation = of_each("score"), of_each("validation")
-    token = judged.options.token or max(
+    token = evaluated.options.token or max(
         rows, key=lambda token: mean(mean(each) for each in validation[token].values()))
     found = {name: {labels: round(mean(each), 4) for labels, each in scores[token].items()},
              "token": token, "draws": draws,
              "images": {labels: fits[-1].images for labels, fits in rows[token].items()},
              "tokens": scores, "validation": validation, "strengths": of_each("strength"),
-             "guessing": guessing(y), "test_images": 0 if test_y is None else len(test_y)}
+             "guessing": guessing(y[val] if test_y is None else test_y),
+             "test_images": 0 if test_y is None else len(test_y)}
     if "all" in amounts:
         found["classes"] = rows[token]["all"][0].classes
     return found
@@ -349,116 +386,123 @@ class Fit(NamedTuple):
 
 
 def fit_draw(x, y, classes, val, labels, seed, test_x, test_y):
-    """The strength of the penalty is chosen on validation images. With one image of each class it
-    is fixed: who has no second image has none to validate on either."""
+    """The strength of the penalty is chosen on validation images, of which all labels are used.
+    With one image of each class it is fixed, so that nothing at all is chosen there."""
     C = len(classes)
     picked = pick_few(y, C, ~val, labels, seed)
     strengths = (ONE_STRENGTH,) if labels == "1" else STRENGTHS
     validation, strength, weights = classify_few(x, y, C, picked, val, strengths)
-    judging, judging_y = (x[val], y[val]) if test_x is None else (test_x, test_y)
+    scored, scored_y = (x[val], y[val]) if test_x is None else (test_x, test_y)
     if labels == "all" and test_x is not None:             # now those that validated train too
-        picked, weights = y, logistic_regression(x, y, C, strength)
-    logits, of_class = predict(weights, judging), None
+        picked, weights = torch.arange(len(y)), logistic_regression(x, y, C, strength)
+    logits, of_class = predict(weights, scored), None
     if labels == "all":
         of_class = {name: None if math.isnan(each) else round(each, 4) for name, each in
-                    zip(classes, average_precision(logits, judging_y).tolist())}
-    return Fit(len(picked), strength, validation, score(logits, judging_y), of_class)
+                    zip(classes, average_precision(logits, scored_y).tolist(), strict=True)}
+    return Fit(len(picked), strength, validation, score(logits, scored_y), of_class)
 
 
 def guessing(y):
-    """What is scored without looking at an image: accuracy, always with the commonest class; or
-    mean average precision of scores without meaning, which is the share of images of a class."""
+    """What is scored without looking at an image, on images of these classes: accuracy of always
+    the commonest class; or mean average precision of scores all alike, which is the share of the
+    images that are of a class."""
     shares = y.bincount() / len(y) if y.ndim == 1 else y.double().mean(0)
     return round((shares.max() if y.ndim == 1 else shares[shares > 0].mean()).item(), 4)
 
 
-def scarce(judged, y, pool, classes):
+def warn_of_small_classes(evaluated, y, pool, classes):
     """Say which classes have fewer images than the ten of a row."""
-    there = (F.one_hot(y, len(classes)) if y.ndim == 1 else y)[pool].sum(0)
+    there = y[pool].bincount(minlength=len(classes)) if y.ndim == 1 else y[pool].sum(0)
     few = [f"{name} ({n})" for name, n in zip(classes, there.tolist()) if n < 10]
     if few:
-        print(f"{judged.name}: fewer than ten training images beside those that validate, so some "
-              f"rows use all there are: {', '.join(few[:5])}{', ...' * (len(few) > 5)}",
-              file=sys.stderr)
+        print("fewer than ten images to draw labels from, so columns that ask for more use all: "
+              f"{', '.join(few[:5])}{', ...' * (len(few) > 5)}", file=sys.stderr)
 
 
-def run_patches(judged):
-    encoder, info, root, void = judged.encoder, judged.info, judged.root, judged.options.void
-    void = 255 if void is None else void
+def run_patches(evaluated):
+    encoder, info, root = evaluated.encoder, evaluated.info, evaluated.root
+    void = 255 if evaluated.options.void is None else evaluated.options.void
     N, grid = encoder.num_patches, encoder.grid
-    network = None if judged.network == "pixels" else encoder
+    network = None if evaluated.network == "pixels" else encoder
     images, ids, masks, x, counts = {}, {}, {}, {}, {}
-    for split in ("train", "test") if judged.tested else ("train",):
-        images[split] = judged.images(split)
+    for split in ("train", "test") if evaluated.tested else ("train",):
+        images[split] = evaluated.images(split)
         number = len(images[split])
         room = max(10, PATCHES // N) if split == "train" else number
         ids[split] = subset(torch.arange(number), room)
         masks[split] = masks_of(images[split], ids[split])
-    enough(root, len(ids["train"]), "training images")
+    require_images(root, len(ids["train"]), "training images")
     classes = max(classes_in(each, void) for each in masks.values())
     if classes < 2:
         raise UsageError(f"--void {void}: beside it the masks hold no number but 0; number the "
                          "classes from 0, and name with --void the number of pixels without one")
     for split in images:
         x[split] = patch_features(network, images[split], ids[split], encoder.patch_size,
-                                  info["mean"], info["std"], judged.device)
+                                  info["mean"], info["std"], evaluated.device)
         counts[split] = pixels_of_classes(masks[split], encoder.img_size, grid, classes, void)
 
-    val = judged.validates(ids["train"])
-    validation, painted = paint(x["train"].to(judged.device), counts["train"].to(judged.device),
-                                val, x.get("test"))
-    judging = counts["test"] if judged.tested else counts["train"][val]                    # m N C
-    by_place = counts["train"][~val].sum(0).argmax(-1).expand(judging.shape[:2])
-    names = ["ground", *images["train"].classes] if judged.data == "shapes" else range(classes)
+    val = evaluated.validates(ids["train"])
+    device = evaluated.device
+    validation, painted = paint(x["train"].to(device), counts["train"].to(device), val,
+                                x.get("test"))
+    scored = counts["test"] if evaluated.tested else counts["train"][val]                    # m N C
+    by_place = counts["train"][~val].sum(0).argmax(-1).expand(scored.shape[:2])
+    names = ["ground", *images["train"].classes] if evaluated.data == "shapes" else range(classes)
     by_class = {str(name): None if math.isnan(each) else round(each, 4)
-                for name, each in zip(names, iou(painted, judging).tolist())}
+                for name, each in zip(names, iou(painted, scored).tolist())}
     print(f"painting each patch alike gives at most an mIoU of about "
-          f"{mean_iou(judging.argmax(-1), judging):.1%}; knowing only its place, "
-          f"{mean_iou(by_place, judging):.1%}", file=sys.stderr)
-    return {"miou": mean_iou(painted, judging), "iou": by_class,
-            "miou_place": mean_iou(by_place, judging),
-            "miou_majority": mean_iou(judging.argmax(-1), judging), "validation": validation,
+          f"{mean_iou(scored.argmax(-1), scored):.1%}; knowing only its place, "
+          f"{mean_iou(by_place, scored):.1%}", file=sys.stderr)
+    return {"miou": mean_iou(painted, scored), "iou": by_class,
+            "miou_place": mean_iou(by_place, scored),
+            "miou_majority": mean_iou(scored.argmax(-1), scored), "validation": validation,
             "images": len(val), "test_images": len(x.get("test", []))}
 
 
-def run_diagnose(judged):
-    images = judged.images("train")
-    _, ids = held_out(images, judged.kept_out())
+def run_diagnose(evaluated):
+    images = evaluated.images("train")
+    _, ids = held_out(images, evaluated.kept_out())
     if len(ids) == 0:                                      # no image has a label
         ids = torch.arange(len(images))
     ids = subset(ids, 2000)
-    found = diagnose(judged.checkpoint, judged.network, images, ids, judged.info["mean"],
-                     judged.info["std"], judged.device)
+    found = diagnose(evaluated.checkpoint, evaluated.network, images, ids, evaluated.info["mean"],
+                     evaluated.info["std"], evaluated.device)
     return {"images": len(ids)} | found
 
 
-def run_features(judged):
+def run_features(evaluated):
     """Write the features of a split into a file of numpy: --split train, validation or test."""
-    split = judged.options.split
-    images = judged.images("test" if split == "test" else "train")
-    ids = torch.arange(len(images))
+    split = evaluated.options.split
+    images = evaluated.images("test" if split == "test" else "train")
+    ids, mean_std = torch.arange(len(images)), (evaluated.info["mean"], evaluated.info["std"])
     if split == "validation":
-        ids = ids[judged.validates(ids)]
-    mean_std = judged.info["mean"], judged.info["std"]
-    found = features(judged.encoder, images, ids, *mean_std, judged.device)
+        require_images(evaluated.root, len(ids), "training images")
+        ids = ids[evaluated.validates(ids)]
+    if split != "validation" and len(evaluated.ids(split)) == len(ids):
+        found = {token: x.cpu() for token, x in evaluated.features(split).items()}
+    else:
+        found = features(evaluated.encoder, images, ids, *mean_std, evaluated.device)
     arrays = {"class_token": found["class"], "mean_token": found["mean"],
               "labels": images.labels[ids], "classes": images.classes}
-    arrays |= {name: target[ids] for name, target in images.targets.items() if name == "multilabel"}
+    if "multilabel" in images.targets:
+        arrays["multilabel"] = images.targets["multilabel"][ids]
+    if split == "train":                                   # which of these are "validation"
+        arrays["held_out"] = evaluated.validates(ids)
     if images.paths is not None:
         arrays["paths"] = [str(images.paths[i]) for i in ids]
-    if judged.options.patches:
-        arrays["patch_tokens"] = patch_features(judged.encoder, images, ids, None, *mean_std,
-                                                judged.device)
-    out = judged.beside(f"features-{judged.data}-{split}", ".npz")
+    if evaluated.options.patches:
+        arrays["patch_tokens"] = patch_features(evaluated.encoder, images, ids, None, *mean_std,
+                                                evaluated.device)
+    out = evaluated.output_path(f"features-{evaluated.images_from}-{split}", ".npz")
     write_atomically(out, lambda file: np.savez(file, **arrays))
     shapes = {name: list(np.shape(each)) for name, each in arrays.items()}
-    return {"split": split, "file": str(out), "arrays": shapes}
+    return {"file": str(out), "arrays": shapes}
 
 
-def run_export(judged):
+def run_export(evaluated):
     """Write the encoder for other libraries; print the lines that load it."""
-    out = judged.beside("export", "")
-    print("\n".join(export(judged.encoder, judged.info, out)), file=sys.stderr)
+    out = evaluated.output_path("export", "")
+    print("\n".join(export(evaluated.encoder, evaluated.info, out)), file=sys.stderr)
     return {"folder": str(out)}
 
 
@@ -528,8 +572,8 @@ def check(options):
     tasks, networks = set(options.task), options.network or []
     for name, users in USED_BY.items():
         if getattr(options, name) is not None and not users & tasks:
-            raise UsageError(f"--{name}: {', '.join(options.task)} does not use it; leave it out")
-    if networks == ["pixels"] and options.token:
+            raise UsageError(f"--{name}: not used by {', '.join(options.task)}; leave it out")
+    if "pixels" in networks and options.token:
         raise UsageError(f"--token {options.token}: raw pixels have no tokens; leave it out")
     for name in ("untrained", "pixels"):
         if name in networks and "diagnose" in tasks:
@@ -543,20 +587,27 @@ def check(options):
         raise UsageError(f"--void {options.void}: pixels of masks are 0 to 255")
     if options.draws is not None and options.draws < 1:
         raise UsageError(f"--draws {options.draws}: must be 1 or more")
+    for checkpoint in options.checkpoint:
+        folder = Path(checkpoint).absolute().parent
+        if folder.is_dir() and not os.access(folder, os.W_OK):
+            raise UsageError(f"--checkpoint {checkpoint}: results go into its folder, which cannot "
+                             "be written to; copy the file elsewhere")
     if options.split == "train" and tasks != {"features"}:
-        raise UsageError("--split train: is of features alone; use test or validation")
+        raise UsageError("--split train: only the task features takes it; use test or validation")
     if options.plot and {"lowshot", "multilabel"} <= tasks:
         raise UsageError("--plot: draws one of lowshot and multilabel; call them one by one")
     for name in ("out", "plot"):                           # said now, not after the work
         path = getattr(options, name)
         if path and (not Path(path).absolute().parent.is_dir()
-                     or Path(path).is_dir() and tasks & {"features", "lowshot", "multilabel"}):
-            raise UsageError(f"--{name} {path}: cannot be written; name a file in a folder that is "
-                             "there")
+                     or Path(path).is_dir() and (name == "plot" or "features" in tasks)):
+            raise UsageError(f"--{name} {path}: cannot be written; name a new one in a folder that "
+                             "is there")
+    if options.plot and not options.plot.endswith(".png"):
+        raise UsageError(f"--plot {options.plot}: a PNG file is written; let its name end in .png")
     if options.out and (tasks >= {"features", "export"}
                         or len(options.checkpoint) * max(1, len(networks)) > 1):
-        raise UsageError("--out: is of one task of one network; leave it out, and files go beside "
-                         "the checkpoint")
+        raise UsageError("--out: names the output of one task and one network; leave it out, and "
+                         "files go beside the checkpoint")
 
 
 def main(argv=None):
@@ -567,19 +618,21 @@ def main(argv=None):
     pairs = [(checkpoint, network) for checkpoint in options.checkpoint for network in networks
              if network not in ("untrained", "pixels") or checkpoint == options.checkpoint[0]]
     # all are loaded first: one that cannot be is said at once
-    judged = [Judged(checkpoint, network, options, device, load) for checkpoint, network in pairs]
-    if len({each.name for each in judged}) < len(judged):  # several files of one folder
-        for each, (checkpoint, network) in zip(judged, pairs):
+    evaluated = [Evaluated(*pair, options, device, load) for pair in pairs]
+    if len({each.name for each in evaluated}) < len(evaluated):  # several files of one folder
+        for each, (checkpoint, network) in zip(evaluated, pairs):
             each.name = f"{checkpoint} {network or ''}".strip()
-    if len({each.data for each in judged}) > 1:            # each on the set it was trained on
-        for each in judged:
-            each.name += f" on {each.data}"
+    if len({each.set for each in evaluated}) > 1:          # each on the set it was trained on
+        for each in evaluated:
+            each.name += f" on {each.data} {each.root}"
     records = {task: {} for task in options.task}
-    for each in judged:
+    for each in evaluated:
         for task in options.task:
             start = time.perf_counter()
+            if len(evaluated) * len(options.task) > 1:
+                print(f"{each.name}: {task} ...", file=sys.stderr)
             record = {"task": task, "network": each.network, "data": each.data,
-                      "step": each.info.get("step")}
+                      "data_root": str(each.root), "step": each.info.get("step")}
             if task not in ("diagnose", "export"):
                 record["split"] = options.split
             if options.img_size:
@@ -588,16 +641,18 @@ def main(argv=None):
             record |= {"checkpoint": each.checkpoint,
                        "seconds": round(time.perf_counter() - start, 1)}
             append_json(Path(each.checkpoint).parent / "eval.jsonl", record)
-            print(json.dumps(record))
+            print(json.dumps(record), flush=True)
             records[task][each.name] = record
         if options.pictures:
-            show(each)
+            draw_pictures(each)
         each.found.clear()                                 # features of the next take their place
+    alike = {each.name for each in evaluated if each.set == evaluated[0].set}
     for task, by_name in records.items():
-        print(table(task, by_name), end="", file=sys.stderr)
+        print(table(task, by_name, alike), end="", file=sys.stderr)
         if options.plot and task in ("lowshot", "multilabel"):
             draw_few({name: amounts_and_scores(record) for name, record in by_name.items()},
-                     "accuracy" if task == "lowshot" else "mean average precision", options.plot)
+                     "accuracy" if task == "lowshot" else "mean average precision",
+                     guessing_of(by_name), options.plot)
 
 
 # ---------------------------------------------------------------------------------------- reports
@@ -613,33 +668,41 @@ def scores_of(record):
     return {}
 
 
-def table(task, records):
-    """Records by name, side by side in %, and less the first; draws as mean and deviation.
+def table(task, records, alike):
+    """Records by name, side by side in %, and the differences from the first; draws as mean and
+    deviation.
 
-    Differences are of the same draws, of which all networks get the same images."""
+    Differences are of networks that got the same images, those in `alike`, and of the same
+    draws."""
     rows, first = [], None
     for name, record in records.items():
-        found = scores_of(record)
-        if task in ("lowshot", "multilabel"):
-            name += f", {record['token']}"
-        first = first or found
-        rows.append((name, found, ""))
-        both = {heading: [a - b for a, b in zip(found[heading], first[heading])]
-                for heading in found if heading in first}
-        if found is not first and both:
-            rows.append(("  minus the first", both, "+"))
+        found, title = scores_of(record), name
+        if task in ("lowshot", "multilabel") and record["token"] != "pixels":
+            title += f", {record['token']}"
+        rows.append((title, found, ""))
+        if first is None:
+            first = found
+        elif name in alike and found.keys() & first.keys():
+            rows.append(("  minus the first", {
+                heading: [a - b for a, b in zip(found[heading], first[heading], strict=True)]
+                for heading in found if heading in first}, "+"))
     headings = list(dict.fromkeys(heading for _, found, _ in rows for heading in found))
     if not headings:
         return ""
-    guessing = {record.get("guessing") for record in records.values()} - {None}
-    if len(guessing) == 1:                                 # all on the same images
-        rows.append(("guessing", dict.fromkeys(headings, [*guessing]), ""))
+    if guessing_of(records) is not None:
+        rows.append(("guessing", dict.fromkeys(headings, [guessing_of(records)]), ""))
     cells = [[f"{task}, {next(iter(records.values()))['split']}, %", *headings]]
     for name, found, sign in rows:
         cells.append([name, *(in_percent(found.get(heading), sign) for heading in headings)])
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "".join("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) + "\n"
                    for first, *rest in cells)
+
+
+def guessing_of(records):
+    """What guessing scores, if it scores the same for all."""
+    found = {record.get("guessing") for record in records.values()}
+    return found.pop() if len(found) == 1 else None
 
 
 def in_percent(scores, sign=""):
@@ -660,51 +723,53 @@ def amounts_and_scores(record):
 # --------------------------------------------------------------------------------------- pictures
 
 def first_components(x):
-    """Features n D -> their first two principal components n 2, and the share of the variance that
-    each holds."""
+    """Features n D, n and D at least 2 -> their first two principal components n 2, and the share
+    of the variance that each holds."""
     scores, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     return scores[:, :2] * s[:2], (s[:2].square() / s.square().sum()).tolist()
 
 
-def show(judged, n=8, nearest=6):
+def draw_pictures(evaluated, n=8, nearest=6):
     """Draw neighbours.png, attention.png and components.png beside the checkpoint.
 
     Of n images of the test split, or of those that validate: the training images that are nearest
     by cosine, and what their class tokens attend to. Of up to 2,000: the first two principal
     components of their features."""
-    x, ids, train = judged.features("train"), judged.ids("train"), judged.images("train")
-    token = judged.options.token or next(iter(x))          # the class token, or pixels
+    x, ids, train = evaluated.features("train"), evaluated.ids("train"), evaluated.images("train")
+    token = evaluated.options.token or next(iter(x))          # the class token, or pixels
     x = x[token].cpu()
-    if judged.tested:
-        images, shown, shown_x = judged.images("test"), judged.ids("test"), judged.features("test")
-        shown_x = shown_x[token].cpu()
+    if evaluated.tested:
+        images, shown = evaluated.images("test"), evaluated.ids("test")
+        shown_x = evaluated.features("test")[token].cpu()
     else:
-        images, val = train, judged.validates(ids)
+        images, val = train, evaluated.validates(ids)
         shown, shown_x, ids, x = ids[val], x[val], ids[~val], x[~val]
-    mean_std = judged.info["mean"], judged.info["std"]
+    mean_std = evaluated.info["mean"], evaluated.info["std"]
 
     def pictures(images, ids):
         return to_pictures(standardised(images, ids, *mean_std), *mean_std)
 
     chosen = subset(torch.arange(len(shown)), n)
-    near = F.normalize(shown_x[chosen], dim=1) @ F.normalize(x, dim=1).T                    # n len
-    near = ids[near.topk(nearest).indices]                                              # n nearest
+    cosine = F.normalize(shown_x[chosen], dim=1) @ F.normalize(x, dim=1).T
+    near = ids[cosine.topk(min(nearest, len(x))).indices]                               # n nearest
     own = images.labels[shown[chosen]]
     rows = [([picture, *pictures(train, each)], [label, *train.labels[each].tolist()])
             for picture, label, each in zip(pictures(images, shown[chosen]), own.tolist(), near)]
-    draw_neighbours(rows, train.classes, judged.beside("neighbours", ".png"))
+    title = f"{evaluated.name}, {token}" + " token" * (token != "pixels")
+    draw_neighbours(rows, train.classes, title, evaluated.output_path("neighbours", ".png"))
 
     few = subset(torch.arange(len(shown)), 2000)
-    draw_components(*first_components(shown_x[few]), images.labels[shown[few]], images.classes,
-                    judged.beside("components", ".png"))
+    if len(few) > 1:
+        draw_components(*first_components(shown_x[few]), images.labels[shown[few]], images.classes,
+                        title, evaluated.output_path("components", ".png"))
     if token != "pixels":
         imgs = standardised(images, shown[chosen], *mean_std)
-        maps = class_attention(judged.encoder, imgs.to(judged.device)).cpu()           # n heads N
+        maps = class_attention(evaluated.encoder, imgs.to(evaluated.device)).cpu()     # n heads N
         rows = {"image": to_pictures(imgs, *mean_std)}
         for head, each in enumerate(maps.unbind(1), 1):
             each = each / each.amax(1, keepdim=True)
-            rows[f"head {head}"] = list(each.unflatten(1, judged.encoder.grid).numpy())
-        draw_rows(rows, judged.beside("attention", ".png"))
+            rows[f"head {head}"] = list(each.unflatten(1, evaluated.encoder.grid).numpy())
+        draw_rows(rows, evaluated.output_path("attention", ".png"))
 
 
 if __name__ == "__main__":

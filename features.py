@@ -36,7 +36,8 @@ def features(encoder, images, ids, mean, std, device):
 
     encoder None: {"pixels": n (C H W)}."""
     if encoder is None:
-        return {"pixels": standardised(images, ids, mean, std).flatten(1)}
+        parts = [standardised(images, part, mean, std).flatten(1) for part in ids.split(CHUNK)]
+        return {"pixels": torch.cat(parts)}
     found = {"class": [], "mean": []}
     for tokens in tokens_in_chunks(encoder, images, ids, mean, std, device):
         found["class"].append(tokens[:, 0].float().cpu())

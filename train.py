@@ -473,7 +473,7 @@ def main(argv=None):
         # Student, teachers, optimiser, batches.
         student = build(config, images.channels).to(device, dtype)
         if config.init:
-            mean, std = start_from(student, config.init)
+            mean, std = start_from(student, config.init, config.target)
         teachers = make_teachers(student, config)
         optimizer = torch.optim.AdamW(parameter_groups(student, config.weight_decay),
                                       betas=(0.9, 0.95), fused=device.type == "cuda")

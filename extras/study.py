@@ -103,7 +103,8 @@ def train_and_judge(run, data_root, out):
                "--split", split, *network])
     for record in read_json_lines(out / "eval.jsonl"):
         row[record["task"]] = {name: value for name, value in record.items()
-                               if name not in ("task", "checkpoint", "seconds", "data", "step")}
+                               if name not in ("task", "checkpoint", "seconds", "data", "data_root",
+                                            "step")}
     row["minutes"] = round((time.perf_counter() - start) / 60, 1)          # of this process
     return row
 

@@ -66,7 +66,7 @@ def test_training_and_multilabel_on_coco(run_on_coco, capsys):
     assert record["images"]["all"] == 40 and record["test_images"] == 20
     assert record["map"]["all"] > record["guessing"] + 0.2             # halves: easy
     assert record["classes"]["none"] is None               # no image has it: left out of the mean
-    with pytest.raises(UsageError, match="the training images have no labels"):
+    with pytest.raises(UsageError, match="do not have one class; use the task multilabel"):
         record_of(capsys, "knn", "--checkpoint", run_on_coco)
 
 
@@ -79,12 +79,30 @@ def test_one_file_of_annotations_is_trained_on(run_on_coco, coco, capsys):
     assert record["images"]["1"] == 2                      # classes that occur
 
 
+def test_other_classes_to_test_on_are_refused(run_on_coco, coco, capsys):
+    """Columns of both splits would not mean the same."""
+    path = coco / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    for categories, words in (
+            ([*content["categories"], {"id": 11, "name": "more"}], "no training images of.*more"),
+            ([{"id": 3, "name": "red"}, {"id": 7, "name": "blue"}, {"id": 9, "name": "none"}],
+             "not in the same order")):
+        path.write_text(json.dumps(content | {"categories": categories}))
+        with pytest.raises(UsageError, match=words):
+            record_of(capsys, "multilabel", "--checkpoint", run_on_coco)
+
+
 def test_broken_sets_are_refused(coco, tmp_path):
     with pytest.raises(UsageError, match="holds no annotations/instances"):
         read_coco(tmp_path / "nothing", "train")
     shutil.rmtree(coco / "val2017")
     with pytest.raises(UsageError, match="names 20 images that are not there"):
         read_coco(coco, "test")
+    shutil.copy(coco / "annotations" / "instances_train2017.json",
+                coco / "annotations" / "instances_train2014.json")
+    with pytest.raises(UsageError, match="train2014.json and .*train2017.json are of one split"):
+        read_coco(coco, "train")
+    (coco / "annotations" / "instances_train2014.json").unlink()
     (coco / "annotations" / "instances_train2017.json").write_text('{"images": []}')
     with pytest.raises(UsageError, match="is not in the format of COCO"):
         read_coco(coco, "train")

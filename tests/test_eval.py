@@ -268,7 +268,7 @@ def test_lowshot_says_where_there_are_fewer_images_than_asked_for(untrained, pho
     assert record["images"]["10"] < 30
     evaluation.main(["lowshot", "--checkpoint", untrained, "--data", "imagefolder", "--data-root",
                      str(tmp_path / "few"), "--device", "cpu"])
-    assert "fewer than ten training images" in capsys.readouterr().err
+    assert "fewer than ten images to draw labels from" in capsys.readouterr().err
 
 
 def test_several_networks_stand_side_by_side(untrained, capsys, tmp_path):
@@ -288,7 +288,7 @@ def test_several_networks_stand_side_by_side(untrained, capsys, tmp_path):
     lines = captured.err.splitlines()
     lines = lines[next(i for i, line in enumerate(lines) if line.startswith("lowshot")):]
     assert [line.split("  ")[0] for line in lines] == [
-        "lowshot, test, %", f"run student, {records[1]['token']}", "run pixels, pixels", "",
+        "lowshot, test, %", f"run student, {records[1]['token']}", "run pixels", "",
         f"copy student, {records[1]['token']}", "", "guessing"]
     assert lines[-2].split() == ["minus", "the", "first", *6 * ["+0.0", "±", "0.0"]]
     assert plt.imread(tmp_path / "few.png").shape[2] == 4
@@ -298,7 +298,7 @@ def test_differences_are_of_the_same_draws():
     record = {"task": "lowshot", "split": "test", "token": "mean", "guessing": 0.1}
     records = {"a": record | {"tokens": {"mean": {"1": [0.2, 0.4]}}},
                "b": record | {"tokens": {"mean": {"1": [0.3, 0.5]}}}}
-    assert evaluation.table("lowshot", records).splitlines() == [
+    assert evaluation.table("lowshot", records, {"a", "b"}).splitlines() == [
         "lowshot, test, %             1", "a, mean            30.0 ± 14.1",
         "b, mean            40.0 ± 14.1", "  minus the first  +10.0 ± 0.0",
         "guessing                  10.0"]
@@ -311,6 +311,10 @@ def test_multilabel(shapes_run, capsys):
     alone = [each for each in record["classes"].values() if each is not None]
     assert sum(alone) / len(alone) == pytest.approx(record["map"]["all"], abs=1e-3)
     assert 0 < record["guessing"] < 0.5 and record["map"]["10%"] > 0.1
+    out = shapes_run.parent / "x.npz"
+    record_of(capsys, "features", "--checkpoint", shapes_run, "--out", out)
+    with np.load(out) as file:
+        assert file["multilabel"].shape == (40, 10) and file["multilabel"].any(1).all()
     on_validation = record_of(capsys, "multilabel", "--checkpoint", shapes_run, "--split",
                               "validation")
     assert on_validation["test_images"] == 0
@@ -332,6 +336,8 @@ def test_features_are_written(untrained, photos, capsys, tmp_path, split, n):
     image = transform(Image.open(found["paths"][2]))
     np.testing.assert_allclose(found["class_token"][2], encoder(image[None])[0, 0], atol=1e-4)
     assert Path(found["paths"][2]).parent.name == found["classes"][found["labels"][2]]
+    if split == "train":
+        assert found["held_out"].sum() == 7
     assert record["arrays"]["labels"] == [n]
 
 
@@ -349,6 +355,15 @@ def test_attention_is_what_the_class_token_gathers_values_by():
     torch.testing.assert_close(seen["out"][:, 0], want)
 
 
+def test_components_are_the_directions_of_the_largest_variance():
+    x = torch.randn(500, 6) * torch.tensor([1.0, 5.0, 0.1, 2.0, 0.1, 0.1]) + 7
+    points, shares = evaluation.first_components(x)
+    assert abs(torch.corrcoef(torch.stack([points[:, 0], x[:, 1]]))[0, 1]) > 0.99
+    assert abs(torch.corrcoef(torch.stack([points[:, 1], x[:, 3]]))[0, 1]) > 0.99
+    assert points.std(0).tolist() == pytest.approx([5, 2], rel=0.1)
+    assert shares == pytest.approx([25 / 30, 4 / 30], abs=0.05)
+
+
 @pytest.mark.parametrize("network, names", [
     ("student", {"neighbours", "components", "attention"}),
     ("pixels", {"neighbours", "components"})])
@@ -363,6 +378,8 @@ def test_pictures(untrained, monkeypatch, network, names, split):
     right = [label == labels[0] for _, labels in drawn["rows"] for label in labels[1:]]
     assert len(drawn["rows"]) == (8 if split == "test" else 7)
     assert sum(right) > 0.6 * len(right)                   # hues: neighbours are of a class
+    for pictures, _ in drawn["rows"]:                      # none is its own neighbour
+        assert not any(np.array_equal(pictures[0], each) for each in pictures[1:])
 
 
 # ---------------------------------------------------------------------------------- what is refused
@@ -387,12 +404,12 @@ def test_bad_flags(untrained, tmp_path, refused):
     assert "--token class" in refused(*knn, "--network", "pixels", "--token", "class")
     assert "invalid choice" in refused("dance", "--checkpoint", untrained)
     assert "--checkpoint" in refused("knn")
-    assert "--draws: knn does not use it" in refused(*knn, "--draws", "2")
+    assert "--draws: not used by knn" in refused(*knn, "--draws", "2")
     assert "--draws 0: must be 1 or more" in refused("lowshot", *knn[1:], "--draws", "0")
-    assert "--patches: knn does not use it" in refused(*knn, "--patches")
-    assert "--split train: is of features alone" in refused(*knn, "--split", "train")
+    assert "--patches: not used by knn" in refused(*knn, "--patches")
+    assert "--split train: only the task features takes it" in refused(*knn, "--split", "train")
     assert "there is no encoder to write" in refused("export", *knn[1:], "--network", "pixels")
-    assert "--out: is of one task of one network" in refused(
+    assert "--out: names the output of one task and one network" in refused(
         "export", *knn[1:], "--network", "student", "untrained", "--out", tmp_path)
     assert "one of lowshot and multilabel" in refused("lowshot", "multilabel", *knn[1:], "--plot",
                                                       "x.png")
@@ -414,11 +431,11 @@ def test_bad_folders(untrained, photos, tmp_path, refused):
 
     shutil.copytree(photos, tmp_path / "fewer")
     shutil.rmtree(tmp_path / "fewer" / "test" / "red")
-    assert "3 classes to train on and 2 to test on, different: red" in words("fewer")
+    assert "no test images of the classes red" in words("fewer")
 
     shutil.copytree(photos / "train" / "red", tmp_path / "flat" / "train")
     shutil.copytree(photos / "test", tmp_path / "flat" / "test")
-    assert "the training images have no labels" in words("flat")
+    assert "training images do not have one class" in words("flat")
 
     for split in ("train", "test"):
         for name in ("red", "blue"):

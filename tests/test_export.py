@@ -23,14 +23,15 @@ def exported(request, tmp_path):
     return encoder, tmp_path / "out", export(encoder, INFO, tmp_path / "out")
 
 
-def run_lines(lines, first, images):
-    """Run the printed lines of one library -> its tokens."""
-    lines = lines[lines.index(first) + 1:]
-    lines = lines[:next((i for i, line in enumerate(lines) if line.startswith("#")), None)]
-    names = {"images": images}
+def run_lines(lines, first):
+    """Run the printed lines of one library -> images, its tokens."""
+    start = [i for i, line in enumerate(lines) if line.startswith("#")]
+    part = lines[lines.index(first):]
+    end = next((i for i, line in enumerate(part[1:], 1) if line.startswith("#")), None)
+    names = {}
     with torch.no_grad():
-        exec("\n".join(lines), names)
-    return names["tokens"]
+        exec("\n".join(lines[:start[0]] + part[:end]), names)
+    return names["images"], names["tokens"]
 
 
 @pytest.mark.parametrize("library, heading", [("timm", "# timm"),
@@ -38,18 +39,19 @@ def run_lines(lines, first, images):
 @pytest.mark.filterwarnings("ignore")
 def test_the_lines_that_are_printed_give_our_features(exported, library, heading):
     pytest.importorskip(library)
-    encoder, _, lines = exported
-    images = torch.randn(3, 3, *encoder.img_size)
-    tokens = run_lines(lines, heading, images)
+    encoder, folder, lines = exported
+    images, tokens = run_lines(lines, heading)
+    assert (folder / "load.py").read_text() == "\n".join(lines) + "\n"
     torch.testing.assert_close(tokens, encoder(images), atol=1e-5, rtol=1e-5)
 
 
-def test_an_export_loads_with_its_mean_and_std_and_heads(tmp_path, capsys):
-    encoder = shaken(VisionTransformer(16, 4, embed_dim=32, depth=2, num_heads=2))
+@pytest.mark.parametrize("size", [(16, 16), (16, 24), (8, 32)])
+def test_an_export_loads_with_its_size_and_heads_and_pixels(tmp_path, size):
+    encoder = shaken(VisionTransformer(size, 4, embed_dim=32, depth=2, num_heads=2))
     export(encoder, INFO, tmp_path)
     back, _ = load_encoder(tmp_path / "encoder.pt")        # 2 heads of 16: shapes do not tell
     assert back.info["mean"] == INFO["mean"] and back.info["std"] == INFO["std"]
-    imgs = torch.randn(2, 3, 16, 16)
+    imgs = torch.randn(2, 3, *size)
     torch.testing.assert_close(back(imgs), encoder.eval()(imgs))
 
 
@@ -83,21 +85,36 @@ def test_a_run_starts_from_official_weights_with_their_decoder(toy_flags, tmp_pa
     path = saved({"model": to_official(mae)}, tmp_path / "official.pth")
     student, teachers, config = started_from(path, [*toy_flags, "--recipe", "rc-mae"],
                                              tmp_path / "run")
-    # 32 wide: one head is guessed for others' files, two are meant
     assert_same(student.mae.state_dict(), mae.state_dict())
     assert_same(teachers.reconstruction.encoder.state_dict(), mae.encoder.state_dict())
     assert config.mean == [0.485, 0.456, 0.406]            # what these weights are used to
 
 
-def test_a_decoder_that_does_not_fit_starts_anew(toy_flags, tmp_path, capsys):
+def test_a_decoder_of_another_target_starts_anew(toy_flags, tmp_path, capsys):
     train.main([*toy_flags, "--out", str(tmp_path / "mae"), "--epochs", "1", "--recipe", "mae"])
     path = tmp_path / "mae" / "checkpoint.pt"
     before, _, config = load_run(path)
     student, teachers, found = started_from(path, toy_flags, tmp_path / "run")     # predicts tokens
-    assert "the decoder starts anew" in capsys.readouterr().err
+    assert "its encoder, and the mean and std" in capsys.readouterr().err
+    assert not torch.equal(student.mae.decoder.mask_token, before.mae.decoder.mask_token)
     assert_same(student.mae.encoder.state_dict(), before.mae.encoder.state_dict())
     assert_same(teachers.labelling.encoder.state_dict(), before.mae.encoder.state_dict())
     assert (found.mean, found.std) == (config.mean, config.std)
+
+
+def test_codes_of_places_are_interpolated_for_images_of_another_size(toy_flags, tmp_path):
+    encoder = VisionTransformer(32, 4, embed_dim=32, depth=2, num_heads=2)
+    export(shaken(encoder), INFO, tmp_path)
+    student, _, _ = started_from(tmp_path / "encoder.pt", toy_flags, tmp_path / "run")
+    found, _ = load_encoder(tmp_path / "encoder.pt", img_size=16)
+    assert_same(student.mae.encoder.state_dict(), found.state_dict())
+
+
+def test_the_decoder_of_an_own_run_is_taken_over(toy_flags, tmp_path):
+    train.main([*toy_flags, "--out", str(tmp_path / "first"), "--epochs", "1"])
+    before, _, _ = load_run(tmp_path / "first" / "checkpoint.pt")
+    student, _, _ = started_from(tmp_path / "first" / "checkpoint.pt", toy_flags, tmp_path / "run")
+    assert_same(student.mae.state_dict(), before.mae.state_dict())
 
 
 def test_a_run_that_started_from_a_file_continues(toy_flags, tmp_path):

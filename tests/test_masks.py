@@ -188,7 +188,7 @@ def test_a_mask_is_of_the_upright_picture(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--void", "300"], "--void 300: pixels of masks are 0 to 255"),
     (["--void", "1"], "--void 1: beside it the masks hold no number but 0"),
-    (["--token", "mean"], "--token: patches does not use it"),
+    (["--token", "mean"], "--token: not used by patches"),
 ])
 def test_flags_that_make_no_sense(checkpoint, pairs, flags, words):
     for path in pairs.glob("*annot/*"):

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from utils import pictures
-from utils.pictures import curves, galleries, mosaic, surroundings, to_pictures
+from utils.pictures import (
+    curves,
+    draw_components,
+    draw_few,
+    draw_neighbours,
+    galleries,
+    mosaic,
+    surroundings,
+    to_pictures,
+)
 
 
 def flat_pictures(n):
@@ -116,3 +125,51 @@ def test_clusters_of_either_kind(tmp_path):
         pictures.clusters(found, flat_pictures(6), (2, 2), tmp_path / "clusters.png")
         widths.append(matplotlib.image.imread(tmp_path / "clusters.png").shape[1])
     assert widths[0] == widths[1] == widths[2] / 2
+
+
+# ------------------------------------------------------------------------------------- evaluations
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """The figure that is saved, kept open; the path to give."""
+    figures = []
+    monkeypatch.setattr(pictures, "save", lambda figure, path: figures.append(figure))
+    yield figures, tmp_path / "x.png"
+    for figure in figures:
+        pictures.plt.close(figure)
+
+
+def test_few_labels_are_drawn_by_their_number_and_in_per_cent(drawn):
+    figures, path = drawn
+    texts, images = ["1", "5", "1%", "10%", "all"], [10, 50, 20, 200, 2000]
+    draw_few({"net": (texts, images, [0.1, 0.3, 0.2, 0.4, 0.5], [0.01, 0.02, 0, 0, 0])}, "accuracy",
+             0.1, path)
+    [axis] = figures[0].axes
+    each, shares = (line.get_xydata().tolist() for line in axis.lines if len(line.get_xdata()) > 1
+                    and line.get_marker() == "o")
+    assert each == [[10, 10], [50, 30]]
+    assert np.allclose(shares, [[20, 20], [200, 40], [2000, 50]])
+    assert [label.get_text() for label in axis.get_xticklabels()] == [
+        "1 each (10)", "5 each (50)", "1% (20)", "10% (200)", "all (2000)"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["guessing", "net"]
+
+
+def test_neighbours_of_the_class_of_the_image_are_green(drawn):
+    figures, path = drawn
+    rows = [(flat_pictures(3), [1, 1, 0]), (flat_pictures(3), [-1, 0, -1])]
+    draw_neighbours(rows, ["cat", "dog"], "net", path)
+    titles = [(axis.get_title(), axis.title.get_color()) for axis in figures[0].axes]
+    assert titles[:3] == [("dog", "black"), ("dog", "green"), ("cat", "red")]
+    assert titles[3][0] == titles[5][0] == ""
+    shown = [axis.images[0].get_array()[0, 0] for axis in figures[0].axes]
+    assert shown == pytest.approx([0, 0.01, 0.02] * 2)
+
+
+def test_points_have_the_colour_of_their_class(drawn):
+    figures, path = drawn
+    labels = torch.tensor([1, 0, 1, -1])
+    points = torch.arange(8.0).view(4, 2)
+    draw_components(points, [0.5, 0.2], labels, ["cat", "dog"], "net", path)
+    others, cat, dog = (each.get_offsets().tolist() for each in figures[0].axes[0].collections)
+    assert others == [[6, 7]] and cat == [[2, 3]] and dog == [[0, 1], [4, 5]]
+    assert "first principal component (50%" in figures[0].axes[0].get_xlabel()

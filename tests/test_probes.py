@@ -19,9 +19,9 @@ from utils.probes import (
 
 
 def hard_blobs(n, classes=4, dim=12, seed=0):
-    """Overlapping clouds, of unit length: x n dim, y n."""
+    """Overlapping clouds, of unit length, one of them larger: x n dim, y n."""
     g = torch.Generator().manual_seed(seed)
-    y = torch.arange(n) % classes
+    y = (torch.arange(n) % (2 * classes) - classes).clamp(min=0)
     x = F.normalize(torch.eye(classes, dim)[y] + 0.7 * torch.randn(n, dim, generator=g), dim=1)
     return x, y
 
@@ -30,7 +30,7 @@ def penalised(loss, weights, strength):
     return (loss + strength / 2 * weights[:, 1:].square().sum()).item()
 
 
-@pytest.mark.parametrize("strength", [1e-1, 1e-3, 1e-5])
+@pytest.mark.parametrize("strength", [1e-1, 1e-3, 1e-6])
 def test_logistic_regression_is_that_of_scikit_learn(strength):
     linear_model = pytest.importorskip("sklearn.linear_model")
     (x, y), (test_x, test_y) = hard_blobs(200), hard_blobs(500, seed=1)
@@ -43,6 +43,12 @@ def test_logistic_regression_is_that_of_scikit_learn(strength):
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
     scores = [accuracy(predict(each, test_x).argmax(1), test_y) for each in (ours, theirs)]
     assert scores[0] == pytest.approx(scores[1], abs=0.002) and scores[0] > 0.5
+    if strength > 1e-6:                                    # there the minimum is sharp
+        assert (ours[:, 0] - ours[:, 0].mean()).tolist() == pytest.approx(
+            (theirs[:, 0] - theirs[:, 0].mean()).tolist(), abs=0.02)
+    again = logistic_regression(x, y, 4, strength, start=torch.randn_like(ours))
+    assert penalised(F.cross_entropy(predict(again, x), y), again, strength) == pytest.approx(
+        losses[0], abs=1e-3)
 
 
 def test_several_classes_to_an_image_are_questions_of_their_own():
@@ -86,6 +92,40 @@ def test_others_are_centred_on_the_first():
     [alone], [found, moved] = centred(x), centred(x, other)
     assert torch.equal(alone, found)
     torch.testing.assert_close(moved, F.normalize(other - x.mean(0), dim=1))
+
+
+# ---------------------------------------------------------------- chosen on validation images
+
+def test_the_strength_is_chosen_on_validation_images_which_do_not_train():
+    """Against the same by hand."""
+    (x, y), (test_x, test_y) = hard_blobs(300), hard_blobs(100, seed=1)
+    val, names = torch.arange(300) % 3 == 0, list("abcd")
+    picked = evaluation.pick_few(y, 4, ~val, "10", 5)
+    assert not val[picked].any()
+    scores = {strength: accuracy(predict(logistic_regression(x[picked], y[picked], 4, strength),
+                                         x[val]).argmax(1), y[val])
+              for strength in evaluation.STRENGTHS}
+    fit = evaluation.fit_draw(x, y, names, val, "10", 5, test_x, test_y)
+    assert len(set(scores.values())) > 1
+    assert fit.validation == pytest.approx(max(scores.values()), abs=0.011)    # one image of 100
+    assert fit.images == len(picked)
+    weights = logistic_regression(x[picked], y[picked], 4, fit.strength)
+    on_test = accuracy(predict(weights, test_x).argmax(1), test_y)
+    assert fit.score == pytest.approx(on_test, abs=0.02)
+    on_validation = evaluation.fit_draw(x, y, names, val, "10", 5, None, None)
+    assert on_validation.score == on_validation.validation == fit.validation
+
+
+def test_all_labels_are_all_once_the_strength_is_chosen():
+    (x, y), (test_x, test_y) = hard_blobs(60), hard_blobs(100, seed=1)
+    several, test_several = F.one_hot(y, 4), F.one_hot(test_y, 4)
+    val = torch.arange(60) % 3 == 0
+    fit = evaluation.fit_draw(x, several, list("abcd"), val, "all", 0, test_x, test_several)
+    weights = logistic_regression(x, several, 4, fit.strength)
+    assert fit.images == 60
+    assert fit.score == pytest.approx(mean_average_precision(predict(weights, test_x),
+                                                             test_several), abs=1e-3)
+    assert sum(fit.classes.values()) / 4 == pytest.approx(fit.score, abs=1e-3)
 
 
 # ---------------------------------------------------------------------------------- who is picked

@@ -32,6 +32,9 @@ def read_coco(root, split):
     if not found:
         raise UsageError(f"--data-root {root}: holds no annotations/instances_{SPLITS[split]}*"
                          ".json; give one file of annotations this name")
+    if len(found) > 1:
+        raise UsageError(f"--data-root {root}: {' and '.join(each.name for each in found)} are of "
+                         "one split; keep one of them in the folder annotations")
     return read_annotations(found[0])
 
 
@@ -42,8 +45,9 @@ def read_annotations(path):
         column = {each["id"]: i for i, each in enumerate(categories)}
         row = {each["id"]: i for i, each in enumerate(content["images"])}
         multilabel = torch.zeros(len(row), len(column), dtype=torch.uint8)
-        for each in content["annotations"]:
-            multilabel[row[each["image_id"]], column[each["category_id"]]] = 1
+        places = [(row[each["image_id"]], column[each["category_id"]])
+                  for each in content["annotations"]]
+        multilabel[tuple(torch.tensor(places, dtype=torch.long).view(-1, 2).T)] = 1
         folder = path.parent.parent / path.stem.removeprefix("instances_")
         paths = [folder / each["file_name"] for each in content["images"]]
         names = [each["name"] for each in categories]

@@ -232,7 +232,7 @@ def clusters(found, pictures, grid, path):
 
 # ------------------------------------------------------------------------------------- evaluations
 
-def draw_neighbours(rows, classes, path):
+def draw_neighbours(rows, classes, title, path):
     """Draw neighbours.png. Each row has pictures, an image and those nearest to it, and their
     labels, -1 where there is none: green if of the class of the first, red if not."""
     columns = max(len(pictures) for pictures, _ in rows)
@@ -246,10 +246,11 @@ def draw_neighbours(rows, classes, path):
             if label >= 0:
                 colour = "black" if axis is row[0] else "green" if label == labels[0] else "red"
                 axis.set_title(classes[label][:14], fontsize=8, color=colour)
+    figure.suptitle(f"{title}: an image, and those nearest to it", fontsize=9)
     save(figure, path)
 
 
-def draw_components(points, shares, labels, classes, path):
+def draw_components(points, shares, labels, classes, title, path):
     """Draw components.png: points n 2, shares of the variance on each axis, labels n (-1: none).
 
     The ten commonest classes have colours."""
@@ -263,24 +264,38 @@ def draw_components(points, shares, labels, classes, path):
     for name, share, set_label in zip(("first", "second"), shares,
                                       (axis.set_xlabel, axis.set_ylabel)):
         set_label(f"{name} principal component ({share:.0%} of the variance)")
+    axis.set_title(title, fontsize=9)
     if len(coloured):
         figure.legend(loc="outside right upper", fontsize=8)
     save(figure, path)
 
 
-def draw_few(curves, ylabel, path):
+def draw_few(curves, ylabel, guessing, path):
     """Draw scores over the number of labelled images. curves: {name: labels (their texts), images,
-    scores, deviations}, four lists alike."""
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, (_, images, scores, deviations) in curves.items():
-        axis.errorbar(images, [100 * each for each in scores], [100 * each for each in deviations],
-                      marker="o", markersize=4, capsize=3, label=name)
-    texts, images = next(iter(curves.values()))[:2]
-    each = [f"{text} each" if text.isdigit() else text for text in texts]
+    scores, deviations}, four lists alike. guessing: the score of that, None if they differ.
+
+    Images of each class and shares of all images are two lines, since a share may be fewer images
+    or more."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    ticks = {}                             # where, and what is written there
+    for number, (name, columns) in enumerate(curves.items()):
+        for shares, style in ((False, "-"), (True, ":")):
+            rows = [row for row in zip(*columns) if row[0].isdigit() != shares]
+            _, images, scores, deviations = zip(*sorted(rows, key=lambda row: row[1]))
+            axis.errorbar(images, [100 * each for each in scores],
+                          [100 * each for each in deviations] if any(deviations) else None,
+                          marker="o", markersize=4, capsize=3, color=f"C{number}", linestyle=style,
+                          label=None if shares else name)
+        for text, images, *_ in zip(*columns):
+            ticks.setdefault(images, f"{text} each" if text.isdigit() else text)
+    if guessing is not None:
+        axis.axhline(100 * guessing, color="grey", linewidth=1, label="guessing")
     axis.set_xscale("log")
-    axis.set_xticks(images, [f"{text}\n({n})" for text, n in zip(each, images)], fontsize=8)
+    axis.set_xticks(list(ticks), [f"{text} ({n})" for n, text in ticks.items()], fontsize=7,
+                    rotation=60)
     axis.minorticks_off()
-    axis.set(xlabel="labels (in brackets: labelled images)", ylabel=f"{ylabel}, %")
+    axis.set(xlabel="labels: images of each class, or (dotted) a share of all; in brackets the "
+             "images", ylabel=f"{ylabel}, %")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     save(figure, path)
