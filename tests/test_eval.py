@@ -305,7 +305,7 @@ def test_differences_are_of_the_same_draws():
 
 
 def test_multilabel(shapes_run, capsys):
-    record = record_of(capsys, "multilabel", "--checkpoint", shapes_run)
+    record = record_of(capsys, "multilabel", "--checkpoint", shapes_run, "--draws", "1")
     assert list(record["map"])[-1] == "all" and record["images"]["all"] == 120
     assert record["classes"].keys() == shapes.KINDS.keys()
     alone = [each for each in record["classes"].values() if each is not None]
@@ -315,8 +315,8 @@ def test_multilabel(shapes_run, capsys):
     record_of(capsys, "features", "--checkpoint", shapes_run, "--out", out)
     with np.load(out) as file:
         assert file["multilabel"].shape == (40, 10) and file["multilabel"].any(1).all()
-    on_validation = record_of(capsys, "multilabel", "--checkpoint", shapes_run, "--split",
-                              "validation")
+    on_validation = record_of(capsys, "multilabel", "--checkpoint", shapes_run, "--draws", "1",
+                              "--split", "validation")
     assert on_validation["test_images"] == 0
     assert on_validation["tokens"] == on_validation["validation"]
 
