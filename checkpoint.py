@@ -162,8 +162,9 @@ def start_from(student, path, target):
     """--init: copy the encoder of a file into a new student, and its decoder if it has one that
     predicts the same target -> mean and std of the pixels that these weights are used to.
 
-    path: a checkpoint of train.py (its student), official MAE weights, timm's, or an export. Heads
-    stay new. Codes of places are interpolated if images have another size there."""
+    path: a checkpoint of train.py (its student), official MAE weights, timm's, or an export. The
+    heads of the pseudo labels stay new. Codes of places are interpolated if images have another
+    size there. Raises UsageError for a file that is none, or of another network."""
     file, own = load_checkpoint(path, "--init"), sizes(student.mae.encoder)
     try:
         if is_of_train(file):

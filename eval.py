@@ -121,9 +121,9 @@ def classify_few(x, y, classes, picked, val, strengths):
     """Logistic regression on the picked images -> what it scores on validation images, its
     strength, chosen on these, and its weights. x: `centred`; val: n, True for those images."""
     fits, scores, weights = [], [], None
-    for strength in strengths:                             # from the strongest on: each starts
-        weights = logistic_regression(x[picked], y[picked], classes, strength, weights)  # from the
-        fits.append(weights)                               # one before, as it is not far from there
+    for strength in strengths:             # each starts from the one before: that saves iterations
+        weights = logistic_regression(x[picked], y[picked], classes, strength, weights)
+        fits.append(weights)
         scores.append(score(predict(weights, x[val]), y[val]))
     best = place_of_highest(scores)
     return scores[best], strengths[best], fits[best]
