@@ -19,8 +19,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -104,8 +102,8 @@ def labelling(path, name, flags):
 
 
 def history():
-    """After each epoch of the two runs: a line of their logs, and the cosine of the features of each
-    teacher with those of the student, over 500 held-out scenes."""
+    """After each epoch of two runs: what their logs hold, and the cosine of each teacher's features
+    with the student's, over 500 held-out scenes."""
     (HERE / "history.jsonl").unlink(missing_ok=True)
     images = load_images("shapes", ROOT / "data", "train")
     ids = subset(held_out(images, 0.1)[1], 500)

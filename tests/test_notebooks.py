@@ -1,35 +1,98 @@
-import json
+"""Notebooks: each runs from top to bottom, says nothing on stderr, and comes with its outputs."""
 
-import matplotlib
+import json
+import re
+import sys
+
 import pytest
 from conftest import ROOT
 
 import train
 from checkpoint import OLDER, load_checkpoint
 
+FOLDER = ROOT / "notebooks"
+NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+QUICK = "2-sinkhorn"                       # runs always; the others are marked slow
+sys.path.insert(0, str(FOLDER))
 
-@pytest.mark.parametrize("recipe, epochs", [("mae", 24), ("pl-mae", 12)])
-def test_models_are_of_the_present_defaults(recipe, epochs):
-    """Otherwise `python notebooks/make_checkpoints.py` and both notebooks have to be run again."""
-    kept = OLDER | load_checkpoint(ROOT / "notebooks" / f"{recipe}.pt")["config"]
-    now = vars(train.resolve(["--recipe", recipe, "--epochs", str(epochs)]))
+
+def cells(name, kind):
+    """(source, outputs) of the cells of a kind, "code" or "markdown"."""
+    content = json.loads((FOLDER / f"{name}.ipynb").read_text())
+    return [("".join(cell["source"]), cell.get("outputs", []))
+            for cell in content["cells"] if cell["cell_type"] == kind]
+
+
+def test_there_are_six():
+    assert [name[0] for name in NOTEBOOKS] == list("123456")
+
+
+@pytest.mark.parametrize("file, run", [
+    ("mae", "mae"), ("pl-mae", "pl-mae"), ("pl-mae-half-way", "pl-mae"),
+    ("pl-mae-same-colours", "same-colours")])
+def test_models_are_of_the_present_defaults(file, run):
+    """Otherwise `python notebooks/make_checkpoints.py` and the notebooks have to be run again."""
+    from make_checkpoints import RUNS
+    kept = OLDER | load_checkpoint(FOLDER / f"{file}.pt")["config"]
+    now = vars(train.resolve(RUNS[run]))
     for name in now.keys() | kept.keys():
         assert name in train.FREE or now[name] == kept[name], name
 
 
+def test_models_take_less_than_six_megabytes():
+    assert sum(path.stat().st_size for path in FOLDER.glob("*.pt")) < 6e6
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_outputs_are_stored(name):
+    """Each code cell that shows something has its output, and none is an error or a warning."""
+    code = cells(name, "code")
+    assert 9 <= len(code) <= 15
+    for source, outputs in code:
+        last = source.rstrip().splitlines()[-1]
+        shows = re.search(r"\bprint\(|mosaic\(|plt\.|compare\(|Picture\(", source)
+        assert outputs or not shows or last.startswith("    "), source
+        for output in outputs:
+            assert output["output_type"] != "error", source
+            assert output.get("name") != "stderr", output["text"]
+    assert sum("image/png" in output.get("data", {}) for _, outputs in code
+               for output in outputs) >= 3
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_says_what_it_shows_and_how_long_it_takes(name):
+    text = [source for source, _ in cells(name, "markdown")]
+    assert "You will see" in text[0] and re.search(r"It takes .*(second|minute)", text[0])
+    exercises = text[-1]
+    assert exercises.startswith("## Exercises") or "\n## Exercises" in exercises
+    marks = re.findall(r"\n\d\. \((easy|hard|needs a run)", exercises)
+    assert 3 <= len(marks) <= 5 and set(marks) == {"easy", "hard", "needs a run"}
+    assert (FOLDER / "solutions" / f"{name}.md").is_file()
+    for target in re.findall(r"\]\(([^)#]+)\)", "\n".join(text)):
+        assert (FOLDER / target).exists(), target
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_first_cell_is_the_same_everywhere(name):
+    """It finds the project. What comes after it, the imports, differs."""
+    start = cells(name, "code")[0][0].split("sys.path.insert")[0]
+    assert start == cells(QUICK, "code")[0][0].split("sys.path.insert")[0]
+
+
 @pytest.mark.parametrize("name", [
-    "clusters", pytest.param("reconstructions", marks=pytest.mark.slow)])
-def test_notebook(name, monkeypatch):
-    """Its cells run from top to bottom, in its folder, and it comes with the pictures that they
-    made."""
-    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
-    cells = [cell for cell in cells if cell["cell_type"] == "code"]
-    outputs = [output for cell in cells for output in cell["outputs"]]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 6
-    assert not any(output["output_type"] == "error" for output in outputs)
-    monkeypatch.chdir(ROOT / "notebooks")
-    matplotlib.use("Agg")
-    names = {}
-    for cell in cells:
-        exec("".join(line for line in cell["source"] if not line.startswith("%")), names)
-    matplotlib.pyplot.close("all")
+    each if each == QUICK else pytest.param(each, marks=pytest.mark.slow) for each in NOTEBOOKS])
+def test_notebook(name):
+    """An error in a cell, or anything on stderr, fails. So does a cell that showed something when
+    it was stored and shows nothing now."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    content = nbformat.read(FOLDER / f"{name}.ipynb", 4)
+    stored = [cell.get("outputs", []) for cell in content.cells]
+    client = nbclient.NotebookClient(content, timeout=600, kernel_name="python3",
+                                     resources={"metadata": {"path": str(FOLDER)}})
+    client.execute()
+    for cell, before in zip(content.cells, stored):
+        if cell.cell_type == "code":
+            assert bool(cell.outputs) == bool(before), cell.source
+            for output in cell.outputs:
+                assert output.get("name") != "stderr", output["text"]
