@@ -75,17 +75,18 @@ def networks_and_optimizer(student, teachers, optimizer):
     return parts
 
 
-def continue_from(path, config, free, mean, images):
+def continue_from(path, config, free, mean, images, key="student"):
     """The checkpoint of a run to continue, None if there is none.
 
     A run with other settings or other images is refused with what differs; the settings in `free`
     (device, workers, ...) may. mean: of the pixels, computed from whole numbers, so that it does
-    not depend on the number of threads; images: how many there are."""
+    not depend on the number of threads; images: how many there are; key: where the file of such a
+    run has its weights."""
     if not Path(path).exists():
         return None
     saved, out = load_checkpoint(path, "--out"), f"--out {config['out']}"
-    if not is_of_train(saved):
-        raise UsageError(f"{out}: its checkpoint.pt is not of this train.py; use another --out")
+    if not isinstance(saved, dict) or not {key, "config", "mean", "images"} <= saved.keys():
+        raise UsageError(f"{out}: its checkpoint.pt is not of this program; use another --out")
     old = saved["config"]
     differ = [f"{name} was {old.get(name)!r}, now {config.get(name)!r}"
               for name in sorted(old.keys() | config.keys())

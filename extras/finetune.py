@@ -1,0 +1,122 @@
+"""Fine-tune an encoder to classify, all of it, end to end.
+
+    python -m extras.finetune --checkpoint runs/pl-mae-shapes-micro/checkpoint.pt
+    python -m extras.finetune --checkpoint runs/pl-mae-shapes-micro/checkpoint.pt --from-scratch
+
+Writes checkpoint.pt, metrics.jsonl, curves.png and result.json into --out, and ends with a line of
+JSON: accuracy on the test split, of the weights at the end of the run. The same command continues a
+run that was cut off.
+
+The recipe is that of MAE's fine-tuning (He et al. 2022) but for RandAugment: layer-wise learning
+rates, drop path, label smoothing, and of each batch either MixUp (Zhang et al. 2018), which blends
+two images and their labels, or CutMix (Yun et al. 2019), which pastes a part of one into the other.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.transforms import v2
+
+from data import read
+from extras import tuning
+from features import CHUNK
+from utils.command_line import UsageError, option, run_main
+
+
+@dataclass
+class Config(tuning.Config):
+    token: str = option("mean", "what is classified: the mean of the patch tokens, or the class "
+                        "token", choices=["class", "mean"])
+    label_smoothing: float = option(
+        0.1, "share of a label that is spread over all classes (MAE)", range=(0, 0.9))
+    mixup: float = option(
+        0.8, "of MixUp: the parameter of its Beta distribution; 0 turns it off (MAE)",
+        range=(0, 100))
+    cutmix: float = option(1.0, "of CutMix, likewise (MAE)", range=(0, 100))
+
+
+class Classifier(nn.Module):
+    """An encoder and a linear layer: B C H W -> B classes."""
+
+    def __init__(self, encoder, classes, token):
+        super().__init__()
+        self.encoder, self.token = encoder, token
+        self.head = nn.Linear(encoder.cls_token.shape[-1], classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)              # as in MAE: starts undecided
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, imgs):
+        tokens = self.encoder(imgs)                                    # B 1+N D
+        return self.head(tokens[:, 0] if self.token == "class" else tokens[:, 1:].mean(1))
+
+
+def mixing(config, classes):
+    """MixUp or CutMix, whichever is on, one of them for each batch; None if both are off."""
+    ways = [make(alpha=alpha, num_classes=classes)
+            for make, alpha in ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix)) if alpha]
+    return v2.RandomChoice(ways) if ways else None
+
+
+@torch.no_grad()
+def accuracy(model, images, ids, standardise, device):
+    """Share of the labelled images at ids that are put into their class."""
+    model.eval()
+    right = 0
+    ids = ids[images.labels[ids] >= 0]
+    for part in ids.split(CHUNK):
+        scores = model(standardise(read(images, part)).to(device))
+        right += (scores.argmax(1).cpu() == images.labels[part]).sum().item()
+    model.train()
+    return round(right / len(ids), 4)
+
+
+def main(argv=None):
+    config, encoder, info = tuning.start(Config, "finetune", __doc__.split("\n")[0], argv)
+    device = tuning.chosen_device(config)
+    images, ids, val_ids, test_images = tuning.split_images(config, encoder)
+    ids = ids[images.labels[ids] >= 0]
+    classes = len(images.classes)
+    if classes < 2 or len(ids) == 0:
+        raise UsageError(f"--data-root {config.data_root}: has no classes to learn; put images "
+                         "into train/CLASS/* and test/CLASS/*")
+    if images.classes != test_images.classes:
+        raise UsageError(f"--data-root {config.data_root}: the test split has other classes "
+                         f"({len(test_images.classes)}) than the training split ({classes}); make "
+                         "them alike")
+    mean, std = tuning.pixel_statistics(config, images, info)
+    torch.manual_seed(config.seed)
+    model = Classifier(encoder, classes, config.token).to(device)
+    tuning.drop_paths(encoder, config.drop_path)
+    groups = tuning.parameter_groups(encoder, model.head, config)
+    standardise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    augment = v2.Compose([
+        v2.RandomResizedCrop(encoder.img_size, scale=(config.crop, 1),
+                             interpolation=v2.InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip()])
+    mix = mixing(config, classes)
+
+    def loss_of(batch):
+        imgs = torch.stack([augment(image) for image in read(images, batch)])  # B C H W uint8
+        imgs, labels = standardise(imgs), images.labels[batch]
+        if mix:
+            imgs, labels = mix(imgs, labels)                                   # labels B classes
+        return F.cross_entropy(model(imgs.to(device)), labels.to(device),
+                               label_smoothing=config.label_smoothing)
+
+    def evaluate():
+        if len(val_ids) == 0:
+            return {}
+        return {"accuracy": accuracy(model, images, val_ids, standardise, device)}
+
+    step = tuning.tune(config, model, groups, images, ids, mean, loss_of, evaluate, device)
+    everything = torch.arange(len(test_images))
+    tuning.finish(config, "finetune", {
+        "step": step, "top1": accuracy(model, test_images, everything, standardise, device),
+        "validation": evaluate().get("accuracy"), "images": len(ids),
+        "test_images": len(test_images), "token": config.token})
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,301 @@
+"""What fine-tuning and segmentation share: where the encoder comes from, a learning rate for each
+layer, and a loop that continues after a stop.
+
+Here the whole network learns, with labels. Pretraining has taught the lower layers more general
+things than the upper ones, so they change less: of two neighbouring layers the lower one learns
+`layer_decay` times as fast (Clark et al. 2020, Bao et al. 2022).
+
+One process. All random numbers of a step come from (seed, step), so that a stop changes none.
+
+Letters:  B images in a batch, C channels, H W height and width, D width of the encoder.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torchvision.ops import stochastic_depth
+
+from checkpoint import continue_from, load_encoder, mae_arguments, save_checkpoint
+from data import SETS, epoch_order, generator, held_out, load_images, mean_std
+from mae import SIZES, MaskedAutoencoder
+from train import COUNT, POSITIVE, learning_rate
+from utils.command_line import UsageError, check_ranges, given_flags, make_folder, option, size
+from utils.devices import choose_device, choose_precision
+from utils.files import append_json, read_json_lines, truncate_log, write_atomically
+from utils.pictures import draw_line, plt, save
+
+# These may change when a run continues.
+FREE = {"data_root", "out", "eval_every", "log_every", "device"}
+
+
+@dataclass
+class Config:
+    """Settings of each task; a task may have others. Each field is a flag."""
+    checkpoint: str = option(
+        None, "what to start from: a checkpoint.pt of train.py, official MAE weights, timm's, an "
+        "export")
+    from_scratch: bool = option(
+        False, "start from random weights: of the network of --checkpoint, or of --model")
+    model: str = option("micro", "size of the network, without --checkpoint", choices=list(SIZES))
+    data: str = option(
+        None, "data set (default: that of the checkpoint, else shapes)", choices=list(SETS))
+    data_root: str = option(
+        None, "folder of the data set (default: that of the checkpoint's run, else data)")
+    img_size: int = option(
+        None, "N or HxW (default: that of the checkpoint); codes of places are interpolated", size)
+    patch_size: int = option(None, "N or HxW, without --checkpoint", size)
+    out: str = option(None, "folder of the run (default: runs/TASK-NAME of the checkpoint's run)")
+    epochs: int = option(20, "passes over the training images", range=COUNT)
+    batch_size: int = option(64, "images per step (not tuned)", range=COUNT)
+    lr: float = option(1e-3, "highest learning rate, of the last layer (not tuned)", range=POSITIVE)
+    layer_decay: float = option(
+        0.75, "learning rate of a layer, as a share of that of the next one (MAE: 0.65 to 0.75)",
+        range=(1e-3, 1))
+    drop_path: float = option(
+        0.1, "how often the last block is skipped in training; earlier ones less (MAE)",
+        range=(0, 0.9))
+    weight_decay: float = option(0.05, "of weight matrices (MAE)", range=POSITIVE)
+    warmup: float = option(
+        0.05, "share of the run in which the learning rate rises from 0; then a cosine to 0",
+        range=(0, 1))
+    clip: float = option(3.0, "greatest norm of the gradient; 0 does not clip", range=POSITIVE)
+    crop: float = option(
+        0.35, "smallest area of a random crop, as a share of the image; 1 does not crop (not "
+        "tuned)", range=(1e-3, 1))
+    train_images: int = option(
+        0, "train on so many images alone, evenly spread; 0: on all", range=POSITIVE)
+    val_fraction: float = option(
+        0.1, "share of the training images kept out, to look at meanwhile", range=(0, 0.9))
+    eval_every: int = option(5, "epochs between looks and checkpoints", range=COUNT)
+    log_every: int = option(50, "steps between lines of the log", range=COUNT)
+    seed: int = option(0, "of new weights, order, crops, drop path", range=(0, 2**63 - 1))
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    precision: str = option(
+        "auto", "auto: bf16 autocast on GPUs, else fp32", choices=["auto", "bf16", "fp32"])
+
+
+# ----------------------------------------------------------------------------------- at the start
+
+def start(Config, task, description, argv):
+    """The command line -> config, encoder, mean and std of the pixels it is used to.
+
+    The encoder is on the CPU and learns. Raises UsageError."""
+    config = Config(**given_flags(Config, argv, description, "Settings of the encoder are those of "
+                                  "its checkpoint."))
+    check_ranges(config)
+    if config.checkpoint is None and not config.from_scratch:
+        raise UsageError("--checkpoint: name a file to start from, or start with --from-scratch")
+    encoder, info = None, {}
+    if config.checkpoint:
+        encoder, _ = load_encoder(config.checkpoint, img_size=config.img_size)
+        info = encoder.info
+        if config.patch_size:
+            raise UsageError("--patch-size: the checkpoint decides it; leave it out")
+    run = info.get("config", {})
+    config.data = config.data or run.get("data", "shapes")
+    if config.data_root is None:
+        same = config.data == run.get("data")
+        config.data_root = run["data_root"] if same else "data"
+    if config.out is None:
+        name = Path(config.checkpoint).resolve().parent.name if config.checkpoint else config.data
+        scratch = "-from-scratch" if config.from_scratch else ""
+        config.out = f"runs/{task}-{name}{scratch}"
+    config.img_size = config.img_size or (
+        list(encoder.img_size) if encoder else SETS[config.data].size)
+    if config.from_scratch:
+        torch.manual_seed(config.seed)
+        encoder = new_encoder(config, encoder)
+    encoder.train().requires_grad_(True)
+    encoder.pos_embed.requires_grad_(False)                # codes of places are no weights
+    return config, encoder, info
+
+
+def new_encoder(config, like):
+    """Random weights: of the geometry of another encoder, or, without one, of --model."""
+    if like is not None:
+        fresh = MaskedAutoencoder(**dict(
+            mae_arguments(like.info["arch"]) if "arch" in like.info else geometry_of(like),
+            img_size=config.img_size, target_dim=0))
+        return fresh.encoder
+    patch_size = config.patch_size or SETS[config.data].patch
+    try:
+        return MaskedAutoencoder(config.img_size, patch_size, SETS[config.data].channels,
+                                 **SIZES[config.model], target_dim=0).encoder
+    except ValueError as error:
+        raise UsageError(f"--patch-size {patch_size}: {error}") from error
+
+
+def geometry_of(encoder):
+    block = encoder.blocks[0]
+    D = encoder.cls_token.shape[-1]
+    return dict(patch_size=encoder.patch_size, in_chans=encoder.in_chans, embed_dim=D,
+                depth=len(encoder.blocks), num_heads=block.attn.num_heads,
+                mlp_ratio=block.mlp.fc1.out_features / D)
+
+
+def drop_paths(encoder, rate):
+    """Skip blocks at random while training (Huang et al. 2016): what a block adds to its input
+    becomes 0, for some images. The first block is never skipped, the last one at the rate."""
+    depth = len(encoder.blocks)
+    for number, block in enumerate(encoder.blocks):
+        p = rate * number / max(1, depth - 1)
+        for part in (block.attn, block.mlp):
+            part.register_forward_hook(
+                lambda module, _, added, p=p: stochastic_depth(added, p, "row", module.training))
+
+
+def parameter_groups(encoder, head, config):
+    """Groups for AdamW, each with a `scale` of the learning rate.
+
+    The head has 1, the last block layer_decay, the one before layer_decay squared, ..., the patch
+    embedding and class token one power more than the first block. Weight decay on matrices only."""
+    depth = len(encoder.blocks)
+
+    def layer(name):
+        """0 the embedding, 1 .. depth the blocks, depth + 1 the last norm."""
+        if name.startswith("blocks."):
+            return 1 + int(name.split(".")[1])
+        return depth + 1 if name.startswith("norm.") else 0
+
+    named = [(name, p, config.layer_decay ** (depth + 1 - layer(name)))
+             for name, p in encoder.named_parameters() if name != "pos_embed"]
+    named += [(name, p, 1.0) for name, p in head.named_parameters()]
+    groups = {}
+    for name, p, scale in named:
+        matrix = name.endswith("weight") and p.ndim >= 2   # not class tokens
+        key = scale, config.weight_decay if matrix else 0.0
+        groups.setdefault(key, []).append(p)
+    return [dict(params=params, scale=scale, weight_decay=decay)
+            for (scale, decay), params in groups.items()]
+
+
+# ------------------------------------------------------------------------------------------ images
+
+def split_images(config, encoder):
+    """Images of the training split, ids to train on, ids held out, images of the test split.
+
+    Raises UsageError where they are too few."""
+    train_images, test_images = (
+        load_images(config.data, config.data_root, split, config.img_size, encoder.in_chans)
+        for split in ("train", "test"))
+    ids, val_ids = held_out(train_images, config.val_fraction)
+    if train_images.targets and (train_images.labels < 0).all():
+        ids = torch.arange(len(train_images))              # masks or boxes, but no labels
+        val_ids = ids[:0]
+    if config.train_images:
+        if config.train_images > len(ids):
+            raise UsageError(f"--train-images {config.train_images}: there are {len(ids)}")
+        ids = ids[torch.linspace(0, len(ids) - 1, config.train_images).long()]
+    if config.batch_size > len(ids):
+        raise UsageError(f"--batch-size {config.batch_size}: there are {len(ids)} images to train "
+                         f"on; use {len(ids)} or less")
+    return train_images, ids, val_ids, test_images
+
+
+# -------------------------------------------------------------------------------------------- loop
+
+def tune(config, model, groups, images, ids, mean, loss_of, evaluate, device):
+    """Train the model -> the step it ends at.
+
+    loss_of(ids) -> loss of a batch of images; called with torch's random numbers set for the step.
+    evaluate() -> {name: number} on held-out images."""
+    out, per_epoch = Path(config.out), len(ids) // config.batch_size
+    total = config.epochs * per_epoch
+    settings = dataclasses.asdict(config)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    saved = continue_from(out / "checkpoint.pt", settings, FREE, mean, len(images), "tuned")
+    begin = 0
+    if saved:
+        begin = saved["step"]
+        model.load_state_dict(saved["tuned"])
+        optimizer.load_state_dict(saved["optimizer"])
+    make_folder(out, "--out")
+    truncate_log(out / "metrics.jsonl", begin or -1)
+    say(f"{config.data}: {len(ids)} images to train on; steps {begin} to {total}, into {out}")
+    _, bf16 = choose_precision(config.precision, device)
+    model.train()
+    order, sums, since = None, [], time.perf_counter()
+    for step in range(begin, total):
+        epoch, place = divmod(step, per_epoch)
+        if order is None or place == 0:
+            order = ids[epoch_order(config.seed, epoch, len(ids))]
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * learning_rate(step, total, config)
+        torch.manual_seed(generator(config.seed, "step", step).initial_seed())
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = loss_of(order[place * config.batch_size:(place + 1) * config.batch_size])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        sums.append(loss.detach())
+
+        done = step + 1
+        look = done == total or done % (config.eval_every * per_epoch) == 0
+        if look or done % config.log_every == 0:
+            record = {"step": done, "epoch": done / per_epoch,
+                      "loss": torch.stack(sums).mean().item(),
+                      "lr": learning_rate(step, total, config),
+                      "images_per_s": round(len(sums) * config.batch_size
+                                            / (time.perf_counter() - since), 1)}
+            if not math.isfinite(record["loss"]):
+                say(f"the loss is {record['loss']} at step {done}. The last checkpoint is intact; "
+                    "try a lower --lr, with another --out")
+                sys.exit(1)
+            if look:
+                record |= evaluate()
+            append_json(out / "metrics.jsonl", record)
+            say("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
+            if look:
+                save_checkpoint(out / "checkpoint.pt", dict(
+                    tuned=model.state_dict(), optimizer=optimizer.state_dict(), step=done,
+                    config=settings, mean=mean, images=len(images)))
+                draw_curves(out)
+            sums, since = [], time.perf_counter()
+    return total
+
+
+def draw_curves(out):
+    """curves.png: the loss, and what was measured on held-out images."""
+    records = read_json_lines(out / "metrics.jsonl")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    draw_line(axes[0], records, "loss", label="training loss")
+    known = {"step", "epoch", "loss", "lr", "images_per_s"}
+    for name in {name: None for record in records for name in record if name not in known}:
+        draw_line(axes[1], records, name, unit=0.01, label=f"{name}, %")
+    for axis in axes:
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend()
+    save(figure, out / "curves.png")
+
+
+def finish(config, task, found):
+    """Print the result, and keep it beside the checkpoint: one line of JSON."""
+    record = {"task": task, "start": "scratch" if config.from_scratch else config.checkpoint,
+              "data": config.data, "seed": config.seed, "epochs": config.epochs, **found}
+    text = json.dumps(record) + "\n"
+    write_atomically(Path(config.out) / "result.json", lambda file: file.write(text.encode()))
+    print(text, end="")
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def pixel_statistics(config, images, info):
+    """Mean and std of the pixels: those that the weights are used to, or those of the set."""
+    if config.from_scratch or not info:
+        return mean_std(images)
+    return list(info["mean"]), list(info["std"])
+
+
+def chosen_device(config):
+    return choose_device(config.device)

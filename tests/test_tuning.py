@@ -1,0 +1,161 @@
+"""extras/tuning.py and finetune.py: learning rates by layer, drop path, stops, the command."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TOY
+
+import train
+from extras import finetune, tuning
+from mae import MaskedAutoencoder
+from utils.command_line import UsageError
+from utils.files import read_json_lines
+
+
+@pytest.fixture(scope="module")
+def checkpoint(small_flags, tmp_path_factory):
+    """Of a run of train.py on `photos`."""
+    folder = tmp_path_factory.mktemp("runs") / "start"
+    train.main([*small_flags, "--epochs", "1", "--out", str(folder)])
+    return folder / "checkpoint.pt"
+
+
+SMALL = ["--batch-size", "16", "--epochs", "2", "--eval-every", "1", "--log-every", "1",
+         "--device", "cpu"]
+
+
+def flags(checkpoint, out, *more):
+    return ["--checkpoint", str(checkpoint), "--out", str(out), *SMALL, *more]
+
+
+def toy_encoder():
+    return MaskedAutoencoder(**TOY, target_dim=0).encoder
+
+
+def test_layers_learn_at_these_rates():
+    """A list by hand: two blocks, so the embedding is three layers below the last norm."""
+    encoder, head = toy_encoder(), torch.nn.Linear(32, 3)
+    config = tuning.Config(layer_decay=0.5, weight_decay=0.05)
+    found = {}
+    for group in tuning.parameter_groups(encoder, head, config):
+        for p in group["params"]:
+            found[p] = group["scale"], group["weight_decay"]
+    names = {"cls_token": (0.125, 0), "patch_embed.proj.weight": (0.125, 0.05),
+             "patch_embed.proj.bias": (0.125, 0), "norm.weight": (1, 0), "norm.bias": (1, 0)}
+    for number, scale in ((0, 0.25), (1, 0.5)):
+        for layer in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+            decay = 0 if "norm" in layer else 0.05
+            names[f"blocks.{number}.{layer}.weight"] = scale, decay
+            names[f"blocks.{number}.{layer}.bias"] = scale, 0
+    parameters = dict(encoder.named_parameters())
+    assert names.keys() == parameters.keys() - {"pos_embed"}
+    for name, expected in names.items():
+        assert found.pop(parameters[name]) == expected, name
+    assert found == {head.weight: (1, 0.05), head.bias: (1, 0)}
+
+
+def test_drop_path_skips_blocks_in_training_alone():
+    encoder, imgs = toy_encoder(), torch.rand(64, 3, 16, 16)
+    plain = encoder(imgs)
+    tuning.drop_paths(encoder, 0.5)
+    assert torch.equal(encoder.eval()(imgs), plain)
+    encoder.train()
+    torch.manual_seed(0)
+    same = (encoder(imgs) == plain).flatten(1).all(1)
+    assert not same.all()                      # kept branches are scaled up, so none is the same
+    seen = {}
+    hook = encoder.blocks[1].register_forward_hook(
+        lambda module, inputs, out: seen.update(skipped=(inputs[0] == out).flatten(1).all(1)))
+    encoder(imgs)
+    hook.remove()
+    assert 5 < seen["skipped"].sum() < 30      # both parts of it: a quarter of 64
+
+
+def test_a_stopped_run_equals_one_that_was_not(checkpoint, tmp_path, monkeypatch):
+    finetune.main(flags(checkpoint, tmp_path / "whole"))
+    real = tuning.draw_curves
+
+    def stop(out):                             # after the first checkpoint
+        real(out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "draw_curves", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.main(flags(checkpoint, tmp_path / "stopped"))
+    monkeypatch.setattr(tuning, "draw_curves", real)
+    finetune.main(flags(checkpoint, tmp_path / "stopped"))
+    one, other = (torch.load(tmp_path / name / "checkpoint.pt")["tuned"]
+                  for name in ("whole", "stopped"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    logs = [[(r["step"], r["loss"]) for r in read_json_lines(tmp_path / name / "metrics.jsonl")]
+            for name in ("whole", "stopped")]
+    assert logs[0] == logs[1] and len(logs[0]) == 8
+
+
+def test_command(checkpoint, tmp_path):
+    """It learns the hue of these photos, writes its files, and ends with its line."""
+    out = tmp_path / "run"
+    command = flags(checkpoint, out, "--epochs", "8", "--eval-every", "4", "--lr", "3e-3")
+    result = subprocess.run([sys.executable, "-m", "extras.finetune", *command], cwd=ROOT,
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found == json.loads((out / "result.json").read_text())
+    assert found["top1"] > 0.6 and found["test_images"] == 18 and found["step"] == 32
+    assert (out / "curves.png").exists()
+
+
+@pytest.mark.parametrize("more, images", [
+    (["--from-scratch"], 65), (["--token", "class", "--mixup", "0", "--cutmix", "0"], 65),
+    (["--img-size", "24"], 65), (["--train-images", "32"], 32)])
+def test_variants(checkpoint, tmp_path, more, images, capsys):
+    finetune.main(flags(checkpoint, tmp_path / "run", "--epochs", "1", *more))
+    assert json.loads(capsys.readouterr().out)["images"] == images
+
+
+def test_from_scratch_without_a_checkpoint(photos, tmp_path, capsys):
+    finetune.main(["--from-scratch", "--data", "imagefolder", "--data-root", str(photos),
+                   "--img-size", "16", "--patch-size", "4", "--out", str(tmp_path / "run"), *SMALL])
+    assert json.loads(capsys.readouterr().out)["start"] == "scratch"
+
+
+def test_starts_from_the_weights_of_the_file(checkpoint, tmp_path):
+    config, encoder, _ = tuning.start(finetune.Config, "finetune", "", flags(checkpoint, tmp_path))
+    scratch = tuning.start(finetune.Config, "finetune", "",
+                           flags(checkpoint, tmp_path, "--from-scratch"))[1]
+    weights = torch.load(checkpoint)["student"]
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, weights[f"mae.encoder.{name}"])
+        assert name == "pos_embed" or "norm" in name or "bias" in name or not torch.equal(
+            value, scratch.state_dict()[name])
+    assert config.data == "imagefolder" and encoder.patch_embed.proj.weight.requires_grad
+    assert not encoder.pos_embed.requires_grad
+
+
+@pytest.mark.parametrize("given, says", [
+    ([], "--checkpoint: name a file"),
+    (["--checkpoint", "nowhere.pt"], "nowhere.pt"),
+    (["--checkpoint", "FILE", "--patch-size", "8"], "--patch-size: the checkpoint decides"),
+    (["--checkpoint", "FILE", "--batch-size", "500"], "--batch-size 500"),
+    (["--checkpoint", "FILE", "--train-images", "500"], "--train-images 500"),
+    (["--checkpoint", "FILE", "--img-size", "18"], "--img-size 18x18"),
+    (["--checkpoint", "FILE", "--data", "imagefolder", "--data-root", "PLAIN"], "test/<class>"),
+    (["--from-scratch", "--patch-size", "5"], "--patch-size 5")])
+def test_bad_input_is_one_line(checkpoint, photos, tmp_path, given, says):
+    names = {"FILE": str(checkpoint), "PLAIN": str(photos / "train" / "red")}
+    with pytest.raises(UsageError) as error:
+        finetune.main([names.get(each, each) for each in given] + ["--out", str(tmp_path / "run")])
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_run_is_left_alone(checkpoint, tmp_path):
+    out = tmp_path / "run"
+    finetune.main(flags(checkpoint, out, "--epochs", "1"))
+    with pytest.raises(UsageError, match="lr was 0.001"):
+        finetune.main(flags(checkpoint, out, "--epochs", "1", "--lr", "0.1"))
+    with pytest.raises(UsageError, match="not of this program"):
+        finetune.main(flags(checkpoint, checkpoint.parent))
