@@ -17,6 +17,10 @@ All runs compute in bf16, with attention written out: on a CPU this is faster.
 
 Search and evidence are kept apart: runs of the stage `search` are judged on validation images
 alone, all others on the test split as well.
+
+The stages `finetune` and `segment` train a run of the evidence further, by the program of that name
+in this folder: the run of that set, seed and name, or, with the name `scratch`, the network of
+`pl-mae` with random weights. Flags are those of that program.
 """
 
 import fcntl
@@ -35,6 +39,7 @@ import torch.nn.functional as F
 
 import eval
 import train
+from extras import finetune, segment
 from utils.command_line import Parser, UsageError, run_main
 from utils.files import append_json, read_json_lines
 
@@ -46,6 +51,7 @@ SETS = {
     "fashion-mnist": "--data fashion-mnist --val-fraction 0.66666",
     "tiny-imagenet-100": FOLDER + "--img-size 64 --patch-size 8",
 }
+FURTHER = {"finetune": finetune, "segment": segment}
 YARDSTICKS = ("pixels", "untrained")                   # --network of eval.py that needs no training
 
 
@@ -107,6 +113,22 @@ def train_and_judge(run, data_root, out):
                                             "step")}
     row["minutes"] = round((time.perf_counter() - start) / 60, 1)          # of this process
     return row
+
+
+def train_further(run, data_root, out):
+    """Fine-tune, or segment with, a run of the evidence -> what its line of results says of it."""
+    start = time.perf_counter()
+    scratch = run.name == "scratch"
+    name = "pl-mae" if scratch else run.name
+    folder = out.parent / f"evidence-{run.data}-{name}-{run.seed}"
+    root = data_root if run.data == "shapes" else f"{data_root}/{run.data}"
+    FURTHER[run.stage].main([
+        "--checkpoint", str(folder / "checkpoint.pt"), *["--from-scratch"] * scratch,
+        "--data-root", str(root), "--out", str(out), "--seed", str(run.seed), "--precision", "bf16",
+        *run.flags])
+    found = json.loads((out / "result.json").read_text())
+    del found["start"]
+    return {run.stage: found, "minutes": round((time.perf_counter() - start) / 60, 1)}
 
 
 def describe_log(out):
@@ -171,7 +193,8 @@ def main(argv=None):
                 continue
             print(f"--- {run.stage}: {run.data}, {run.name}, seed {run.seed}", file=sys.stderr)
             try:
-                row |= train_and_judge(run, options.data, out)
+                work = train_further if run.stage in FURTHER else train_and_judge
+                row |= work(run, options.data, out)
             except (Exception, SystemExit):                # the plan goes on; the line says why
                 traceback.print_exc()
                 row["error"] = traceback.format_exc().strip().splitlines()[-1][:200]
