@@ -44,6 +44,8 @@ SCORES = {
     "linear class": ("linear", "tokens", "class"),
     "linear mean": ("linear", "tokens", "mean"),
     "patches, mIoU": ("patches", "miou", None),
+    "fine-tuned": ("finetune", "top1", None),
+    "segmented, mIoU": ("segment", "miou", None),
 }
 
 # Heading: key of the diagnosis. NMI, or a share of the images; its value by chance has another key.
