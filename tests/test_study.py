@@ -71,3 +71,19 @@ def test_works_off_a_plan(photos, tmp_path, monkeypatch, no_pictures):
     plan.write_text(plan.read_text() + f"evidence photos 3 mae: --recipe mae {SMALL}\n")
     study.main([*flags, "--limit", "1"])                   # now the one that was taken is free
     assert [row["name"] for row in read_json_lines(results)][4:] == ["taken"]
+
+
+def test_trains_a_run_of_the_evidence_further(photos, tmp_path, monkeypatch, no_pictures):
+    (tmp_path / "photos").symlink_to(photos)
+    monkeypatch.setattr(study, "SETS", {"photos": "--data imagefolder"})
+    plan, results = tmp_path / "plan.txt", tmp_path / "results.jsonl"
+    further = "--epochs 1 --batch-size 16 --device cpu"
+    plan.write_text(f"evidence photos 2 pl-mae: {SMALL}\n"
+                    f"finetune photos 2 pl-mae: {further}\n"
+                    f"finetune photos 2 scratch: {further}\n"
+                    f"finetune photos 2 nobody: {further}\n")
+    study.main([str(plan), str(tmp_path), str(tmp_path / "runs"), "--results", str(results)])
+    _, tuned, scratch, nobody = read_json_lines(results)
+    assert tuned["finetune"]["top1"] >= 0 and tuned["finetune"]["test_images"] == 18
+    assert scratch["finetune"].keys() == tuned["finetune"].keys()
+    assert "there is no such file" in nobody["error"]
