@@ -147,8 +147,8 @@ def sinkhorn(scores, temperature=0.05, iterations=3):
 
     Columns and rows of exp(scores / temperature) are normalised in turn. Rows come last, so these
     are exact. Three rounds bring the columns of random cosines within 1 % at a temperature of 0.05,
-    within 30 % at 0.0125. In log space, as exp would overflow. Over several ranks only K numbers
-    travel. Temperature and iterations as in SwAV (Caron et al. 2020)."""
+    within 30 % at 0.0125. In log space, as exp would overflow; in float32 at least
+    (`at_least_fp32`). Over several ranks only K numbers travel. Temperature and iterations as in SwAV (Caron et al. 2020)."""
     log_q = at_least_fp32(scores) / temperature                                            # S K
     for _ in range(iterations):
         # A cluster: its logsumexp over all samples becomes 0. The maximum keeps exp in range.
@@ -236,8 +236,9 @@ def image_label_loss(scores, labels, temperature=0.1):
 def patch_label_loss(scores, labels, mask, which="both", temperature=0.1):
     """Scores of patches (k B) N K against patch pseudo labels (k B) N K: a number.
 
-    mask: (k B) N, 1 masked; some of both in it. which: the mean over the "masked" patches, over the
-    "visible" ones, or ("both") the mean of these two means."""
+    Each patch has its `label_loss`. mask: (k B) N, 1 masked; every view has patches of both kinds.
+    which: the mean over all "masked" patches of the batch, over all "visible" ones, or ("both") the
+    mean of these two means."""
     loss = label_loss(scores, labels, temperature)                                     # (k B) N
     masked = (loss * mask).sum() / mask.sum()
     visible = (loss * (1 - mask)).sum() / (1 - mask).sum()

@@ -59,7 +59,7 @@ def test_trains(command, file, diff, tmp_path, small_flags):
     flags = small_flags
     if "kmnist" in command:
         write_kmnist(tmp_path / "data")
-        flags = ["--batch-size", "16", "--image-clusters", "8", "--epochs", "1"]
+        flags = ["--batch-size", "16", "--image-clusters", "8"]
     found = subprocess.run([sys.executable, *command.split()[1:], *flags], cwd=tmp_path,
                            capture_output=True, text=True)
     assert found.returncode == 0 and "done: " in found.stderr, found.stderr
