@@ -148,7 +148,8 @@ def sinkhorn(scores, temperature=0.05, iterations=3):
     Columns and rows of exp(scores / temperature) are normalised in turn. Rows come last, so these
     are exact. Three rounds bring the columns of random cosines within 1 % at a temperature of 0.05,
     within 30 % at 0.0125. In log space, as exp would overflow; in float32 at least
-    (`at_least_fp32`). Over several ranks only K numbers travel. Temperature and iterations as in SwAV (Caron et al. 2020)."""
+    (`at_least_fp32`). Over several ranks only K numbers travel. Temperature and iterations as in
+    SwAV (Caron et al. 2020)."""
     log_q = at_least_fp32(scores) / temperature                                            # S K
     for _ in range(iterations):
         # A cluster: its logsumexp over all samples becomes 0. The maximum keeps exp in range.

@@ -7,8 +7,9 @@ Writes checkpoint.pt, metrics.jsonl, curves.png and result.json into --out, and 
 JSON: accuracy on the test split, of the weights at the end of the run. The same command continues a
 run that was cut off.
 
-The recipe is that of MAE's fine-tuning (He et al. 2022) but for RandAugment: layer-wise learning
-rates, drop path, label smoothing, and of each batch either MixUp (Zhang et al. 2018), which blends
+The recipe is near that of MAE's fine-tuning (He et al. 2022): layer-wise learning rates, drop path,
+label smoothing. It has no RandAugment and no random erasing, and crops are larger. Each batch gets
+either MixUp (Zhang et al. 2018), which blends
 two images and their labels, or CutMix (Yun et al. 2019), which pastes a part of one into the other.
 """
 
@@ -75,8 +76,7 @@ def accuracy(model, images, ids, standardise, device):
 def main(argv=None):
     config, encoder, info = tuning.start(Config, "finetune", __doc__.split("\n")[0], argv)
     device = tuning.chosen_device(config)
-    images, ids, val_ids, test_images = tuning.split_images(config, encoder)
-    ids = ids[images.labels[ids] >= 0]
+    images, ids, val_ids, test_images = tuning.split_images(config, encoder, labelled=True)
     classes = len(images.classes)
     if classes < 2 or len(ids) == 0:
         raise UsageError(f"--data-root {config.data_root}: has no classes to learn; put images "
@@ -91,10 +91,7 @@ def main(argv=None):
     tuning.drop_paths(encoder, config.drop_path)
     groups = tuning.parameter_groups(encoder, model.head, config)
     standardise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
-    augment = v2.Compose([
-        v2.RandomResizedCrop(encoder.img_size, scale=(config.crop, 1),
-                             interpolation=v2.InterpolationMode.BICUBIC),
-        v2.RandomHorizontalFlip()])
+    augment = v2.Compose([tuning.random_crop(config, images.size), v2.RandomHorizontalFlip()])
     mix = mixing(config, classes)
 
     def loss_of(batch):
@@ -110,7 +107,7 @@ def main(argv=None):
             return {}
         return {"accuracy": accuracy(model, images, val_ids, standardise, device)}
 
-    step = tuning.tune(config, model, groups, images, ids, mean, loss_of, evaluate, device)
+    step = tuning.tune(config, model, groups, images, ids, loss_of, evaluate, device)
     everything = torch.arange(len(test_images))
     tuning.finish(config, "finetune", {
         "step": step, "top1": accuracy(model, test_images, everything, standardise, device),

@@ -9,9 +9,9 @@ and result.json into --out, and ends with a line of JSON: the mean over classes 
 painted and true pixels (mIoU, intersection over union). The same command continues a run that was
 cut off. `eval.py patches` does the same with a frozen encoder and a linear layer.
 
-The head sees the patch tokens of four blocks, evenly spread, as in SETR (Zheng et al. 2021): early
-ones know edges, late ones what a thing is. It enlarges their map four times, by two transposed
-convolutions; the rest is bilinear interpolation. Its width is not tuned.
+The head sees the patch tokens of four blocks, evenly spread, as SETR's MLA head does (Zheng et al.
+2021). Two transposed convolutions make their map four times as high and wide; the rest is bilinear
+interpolation. Its width is not tuned.
 
 Letters:  B images, N patches, h w rows and columns of patches, H W height and width of an image,
           D width of the encoder, C classes.
@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from data import read
 from extras import tuning
-from features import CHUNK
+from features import CHUNK, subset
 from utils.command_line import UsageError, option, run_main
 from utils.masks import classes_in, masks_of
 
@@ -131,6 +131,10 @@ def main(argv=None):
     masks = {split: masks_of(each, torch.arange(len(each)))
              for split, each in (("train", images), ("test", test_images))}
     classes = max(classes_in(each, config.void) for each in masks.values())
+    if classes > IGNORED:
+        raise UsageError(f"--void {config.void}: the masks hold the number {IGNORED}, which can "
+                         "only be that of pixels without a class; leave --void out, or number "
+                         "the classes from 0")
     if classes < 2:
         raise UsageError(f"--void {config.void}: beside it the masks hold no number but 0; number "
                          "the classes from 0, and name with --void the number of pixels without "
@@ -145,8 +149,7 @@ def main(argv=None):
     tuning.drop_paths(encoder, config.drop_path)
     groups = tuning.parameter_groups(encoder, model.new_parts(), config)
     standardise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
-    augment = v2.Compose([v2.RandomResizedCrop(images.size, scale=(config.crop, 1)),
-                          v2.RandomHorizontalFlip()])
+    augment = v2.Compose([tuning.random_crop(config, images.size), v2.RandomHorizontalFlip()])
 
     def loss_of(batch):
         imgs, truth = [], []
@@ -162,10 +165,10 @@ def main(argv=None):
         return overlaps(counts)
 
     def evaluate():
-        return {"miou": round(measure(images, val_ids[:500]).nanmean().item(), 4)} if len(
+        return {"miou": round(measure(images, subset(val_ids, 500)).nanmean().item(), 4)} if len(
             val_ids) else {}
 
-    step = tuning.tune(config, model, groups, images, ids, mean, loss_of, evaluate, device)
+    step = tuning.tune(config, model, groups, images, ids, loss_of, evaluate, device)
     found = measure(test_images, everything)
     names = ["ground", *images.classes] if config.data == "shapes" else range(classes)
     tuning.finish(config, "segment", {

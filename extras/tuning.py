@@ -20,12 +20,21 @@ from pathlib import Path
 
 import torch
 from torchvision.ops import stochastic_depth
+from torchvision.transforms import v2
 
 from checkpoint import continue_from, load_encoder, mae_arguments, save_checkpoint
-from data import SETS, epoch_order, generator, held_out, load_images, mean_std
-from mae import SIZES, MaskedAutoencoder
+from data import SETS, epoch_order, generator, held_out, load_images, mean_std, spread_out
+from mae import SIZES, MaskedAutoencoder, pair
 from train import COUNT, POSITIVE, learning_rate
-from utils.command_line import UsageError, check_ranges, given_flags, make_folder, option, size
+from utils.command_line import (
+    UsageError,
+    check_ranges,
+    flag,
+    given_flags,
+    make_folder,
+    option,
+    size,
+)
 from utils.devices import choose_device, choose_precision
 from utils.files import append_json, read_json_lines, truncate_log, write_atomically
 from utils.pictures import draw_line, plt, save
@@ -58,7 +67,8 @@ class Config:
         0.75, "learning rate of a layer, as a share of that of the next one (MAE: 0.65 to 0.75)",
         range=(1e-3, 1))
     drop_path: float = option(
-        0.1, "how often the last block is skipped in training; earlier ones less (MAE)",
+        0.1, "how often each half of the last block is skipped in training; of earlier ones "
+        "less often (MAE)",
         range=(0, 0.9))
     weight_decay: float = option(0.05, "of weight matrices (MAE)", range=POSITIVE)
     warmup: float = option(
@@ -86,8 +96,9 @@ def start(Config, task, description, argv):
     """The command line -> config, encoder, mean and std of the pixels it is used to.
 
     The encoder is on the CPU and learns. Raises UsageError."""
-    config = Config(**given_flags(Config, argv, description, "Settings of the encoder are those of "
-                                  "its checkpoint."))
+    given = given_flags(Config, argv, description, "Settings of the encoder are those of its "
+                        "checkpoint.")
+    config = Config(**given)
     check_ranges(config)
     if config.checkpoint is None and not config.from_scratch:
         raise UsageError("--checkpoint: name a file to start from, or start with --from-scratch")
@@ -95,19 +106,22 @@ def start(Config, task, description, argv):
     if config.checkpoint:
         encoder, _ = load_encoder(config.checkpoint, img_size=config.img_size)
         info = encoder.info
-        if config.patch_size:
-            raise UsageError("--patch-size: the checkpoint decides it; leave it out")
+        for name in ("patch_size", "model"):
+            if name in given:
+                raise UsageError(f"{flag(name)}: the checkpoint decides it; leave it out")
     run = info.get("config", {})
     config.data = config.data or run.get("data", "shapes")
+    same = config.data == run.get("data")
     if config.data_root is None:
-        same = config.data == run.get("data")
         config.data_root = run["data_root"] if same else "data"
+    if same and "val_fraction" not in given:               # the images that the run held out too
+        config.val_fraction = run["val_fraction"]
     if config.out is None:
         name = Path(config.checkpoint).resolve().parent.name if config.checkpoint else config.data
         scratch = "-from-scratch" if config.from_scratch else ""
         config.out = f"runs/{task}-{name}{scratch}"
-    config.img_size = config.img_size or (
-        list(encoder.img_size) if encoder else SETS[config.data].size)
+    config.img_size = list(pair(
+        config.img_size or (encoder.img_size if encoder else SETS[config.data].size)))
     if config.from_scratch:
         torch.manual_seed(config.seed)
         encoder = new_encoder(config, encoder)
@@ -177,17 +191,19 @@ def parameter_groups(encoder, head, config):
 
 # ------------------------------------------------------------------------------------------ images
 
-def split_images(config, encoder):
+def split_images(config, encoder, labelled=False):
     """Images of the training split, ids to train on, ids held out, images of the test split.
 
-    Raises UsageError where they are too few."""
+    labelled: only images with a label serve. Raises UsageError where they are too few."""
     train_images, test_images = (
         load_images(config.data, config.data_root, split, config.img_size, encoder.in_chans)
         for split in ("train", "test"))
-    ids, val_ids = held_out(train_images, config.val_fraction)
-    if train_images.targets and (train_images.labels < 0).all():
-        ids = torch.arange(len(train_images))              # masks or boxes, but no labels
-        val_ids = ids[:0]
+    if labelled:
+        ids, val_ids = held_out(train_images, config.val_fraction)
+        ids = ids[train_images.labels[ids] >= 0]
+    else:                                                  # masks do not ask for labels
+        out = spread_out(len(train_images), config.val_fraction)
+        ids, val_ids = (~out).nonzero()[:, 0], out.nonzero()[:, 0]
     if config.train_images:
         if config.train_images > len(ids):
             raise UsageError(f"--train-images {config.train_images}: there are {len(ids)}")
@@ -200,7 +216,16 @@ def split_images(config, encoder):
 
 # -------------------------------------------------------------------------------------------- loop
 
-def tune(config, model, groups, images, ids, mean, loss_of, evaluate, device):
+def random_crop(config, size):
+    """A random crop of an image of `size`, of nearly its shape (as in data.crop_boxes), resized to
+    it."""
+    H, W = size
+    return v2.RandomResizedCrop(size, scale=(config.crop, 1),
+                                ratio=(3 / 4 * W / H, 4 / 3 * W / H) if config.crop < 1
+                                else (W / H, W / H))
+
+
+def tune(config, model, groups, images, ids, loss_of, evaluate, device):
     """Train the model -> the step it ends at.
 
     loss_of(ids) -> loss of a batch of images; called with torch's random numbers set for the step.
@@ -208,6 +233,7 @@ def tune(config, model, groups, images, ids, mean, loss_of, evaluate, device):
     out, per_epoch = Path(config.out), len(ids) // config.batch_size
     total = config.epochs * per_epoch
     settings = dataclasses.asdict(config)
+    mean = mean_std(images)[0]                             # tells these images from others
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
     saved = continue_from(out / "checkpoint.pt", settings, FREE, mean, len(images), "tuned")
     begin = 0

@@ -445,4 +445,4 @@ def test_only_free_settings_may_change(tmp_path):
     line = refused(continue_from, path, dict(moved, lr=2.0), {"device"}, [0.5], 9)
     assert "--out run" in line and "lr was 1.0, now 2.0" in line and "device" not in line
     save_checkpoint(path, to_official(MaskedAutoencoder(**TOY)))
-    assert "not of this train.py" in refused(continue_from, path, config, (), [0.5], 9)
+    assert "not of this program" in refused(continue_from, path, config, (), [0.5], 9)

@@ -65,7 +65,7 @@ def test_drop_path_skips_blocks_in_training_alone():
     encoder.train()
     torch.manual_seed(0)
     same = (encoder(imgs) == plain).flatten(1).all(1)
-    assert not same.all()                      # kept branches are scaled up, so none is the same
+    assert not same.any()                      # kept branches are scaled up, so none is the same
     seen = {}
     hook = encoder.blocks[1].register_forward_hook(
         lambda module, inputs, out: seen.update(skipped=(inputs[0] == out).flatten(1).all(1)))
@@ -159,3 +159,47 @@ def test_another_run_is_left_alone(checkpoint, tmp_path):
         finetune.main(flags(checkpoint, out, "--epochs", "1", "--lr", "0.1"))
     with pytest.raises(UsageError, match="not of this program"):
         finetune.main(flags(checkpoint, checkpoint.parent))
+
+
+def test_layers_really_learn_at_their_rates(checkpoint, tmp_path):
+    finetune.main(flags(checkpoint, tmp_path / "run", "--layer-decay", "0.5"))
+    groups = torch.load(tmp_path / "run" / "checkpoint.pt")["optimizer"]["param_groups"]
+    config = tuning.Config()
+    rate = tuning.learning_rate(7, 8, config)              # of the last of 8 steps
+    assert {group["scale"] for group in groups} == {0.5**k for k in range(6)}
+    for group in groups:
+        assert group["lr"] == group["scale"] * rate
+
+
+@pytest.mark.parametrize("token", ["class", "mean"])
+def test_the_token_that_is_classified(token):
+    model, imgs = finetune.Classifier(toy_encoder(), 3, token), torch.rand(2, 3, 16, 16)
+    tokens = model.encoder(imgs)
+    x = tokens[:, 0] if token == "class" else tokens[:, 1:].mean(1)
+    torch.testing.assert_close(model(imgs), model.head(x))
+
+
+def test_crops_have_the_shape_of_the_images():
+    imgs = torch.arange(32 * 64).view(1, 32, 64)
+    whole = tuning.random_crop(tuning.Config(crop=1.0), (32, 64))
+    assert torch.equal(whole(imgs), imgs)
+    torch.manual_seed(0)
+    parts = tuning.random_crop(tuning.Config(crop=0.35), (32, 64))
+    for _ in range(20):
+        _, _, h, w = parts.make_params([imgs]).values()
+        assert 0.7 < w / h / 2 < 1.4
+
+
+def test_images_without_a_label_do_not_serve(checkpoint, photos, tmp_path, monkeypatch, capsys):
+    real = tuning.load_images
+
+    def some(*given):
+        images = real(*given)
+        images.labels[::2] = -1
+        return images
+
+    monkeypatch.setattr(tuning, "load_images", some)
+    finetune.main(flags(checkpoint, tmp_path / "run", "--epochs", "1"))
+    assert json.loads(capsys.readouterr().out)["images"] == 33
+    with pytest.raises(UsageError, match="there are 33 images"):
+        finetune.main(flags(checkpoint, tmp_path / "other", "--batch-size", "40"))
