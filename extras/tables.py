@@ -88,6 +88,8 @@ def scores_table(by_name, headings):
                  if "microseconds_per_view" in row]
         time = f"{mean(times):.0f}" if times else ""
         rows.append([name, str(len(by_seed)), *map(with_range, columns), time])
+    if not any(row[-1] for row in rows[1:]):               # of runs that were trained further
+        rows = [row[:-1] for row in rows]
     return rows
 
 
