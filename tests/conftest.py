@@ -24,13 +24,16 @@ TIMES = ("images_per_s", "data_wait", "eta_s")             # keys of the log tha
 
 
 def run(*args, processes=None, ok=True, **kwargs):
-    """Run `train.py ...` or `eval.py ...` as a user would, in a process of its own; under torchrun
-    with `processes`."""
+    """Run `train.py ...`, `eval.py ...` or `extras.finetune ...` as a user would, in a process of
+    its own; under torchrun with `processes`."""
     command = [sys.executable]
     if processes:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(processes)]
-    command += [str(ROOT / args[0]), *map(str, args[1:])]
+    if args[0].startswith("extras."):                      # which are run as modules
+        command += ["-m", *map(str, args)]
+    else:
+        command += [str(ROOT / args[0]), *map(str, args[1:])]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
     assert not ok or result.returncode == 0, result.stderr

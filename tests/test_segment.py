@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TOY
+from conftest import ROOT, TOY, run
 from PIL import Image
 
 import train
@@ -101,9 +99,7 @@ def test_command(checkpoint, tmp_path):
     out = tmp_path / "run"
     command = flags(checkpoint, out, "--epochs", "40", "--eval-every", "20", "--lr", "3e-3",
                     "--drop-path", "0")
-    result = subprocess.run([sys.executable, "-m", "extras.segment", *command], cwd=ROOT,
-                            capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    result = run("extras.segment", *command, cwd=ROOT)
     found = json.loads(result.stdout)
     assert found == json.loads((out / "result.json").read_text())
     assert found["miou"] > 0.7 and set(found["iou"]) == {"0", "1"} and found["test_images"] == 4

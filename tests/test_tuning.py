@@ -1,12 +1,10 @@
 """extras/tuning.py and finetune.py: learning rates by layer, drop path, stops, the command."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, TOY
+from conftest import ROOT, TOY, run
 
 import train
 from extras import finetune, tuning
@@ -99,9 +97,7 @@ def test_command(checkpoint, tmp_path):
     """It learns the hue of these photos, writes its files, and ends with its line."""
     out = tmp_path / "run"
     command = flags(checkpoint, out, "--epochs", "8", "--eval-every", "4", "--lr", "3e-3")
-    result = subprocess.run([sys.executable, "-m", "extras.finetune", *command], cwd=ROOT,
-                            capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    result = run("extras.finetune", *command, cwd=ROOT)
     found = json.loads(result.stdout)
     assert found == json.loads((out / "result.json").read_text())
     assert found["top1"] > 0.6 and found["test_images"] == 18 and found["step"] == 32
