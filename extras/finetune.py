@@ -24,6 +24,7 @@ from data import read
 from extras import tuning
 from features import CHUNK
 from utils.command_line import UsageError, option, run_main
+from utils.devices import choose_device
 
 
 @dataclass
@@ -75,7 +76,7 @@ def accuracy(model, images, ids, standardise, device):
 
 def main(argv=None):
     config, encoder, info = tuning.start(Config, "finetune", __doc__.split("\n")[0], argv)
-    device = tuning.chosen_device(config)
+    device = choose_device(config.device)
     images, ids, val_ids, test_images = tuning.split_images(config, encoder, labelled=True)
     classes = len(images.classes)
     if classes < 2 or len(ids) == 0:

@@ -31,6 +31,7 @@ from data import read
 from extras import tuning
 from features import CHUNK, subset
 from utils.command_line import UsageError, option, run_main
+from utils.devices import choose_device
 from utils.masks import classes_in, masks_of
 
 IGNORED = 255                              # pixels without a class, once a mask is read
@@ -125,7 +126,7 @@ def evaluate_on(model, images, ids, classes, config, standardise, device):
 
 def main(argv=None):
     config, encoder, info = tuning.start(Config, "segment", __doc__.split("\n")[0], argv)
-    device = tuning.chosen_device(config)
+    device = choose_device(config.device)
     images, ids, val_ids, test_images = tuning.split_images(config, encoder)
     everything = torch.arange(len(test_images))
     masks = {split: masks_of(each, torch.arange(len(each)))

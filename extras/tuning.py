@@ -35,7 +35,7 @@ from utils.command_line import (
     option,
     size,
 )
-from utils.devices import choose_device, choose_precision
+from utils.devices import choose_precision
 from utils.files import append_json, read_json_lines, truncate_log, write_atomically
 from utils.pictures import draw_line, plt, save
 
@@ -293,7 +293,7 @@ def draw_curves(out):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     draw_line(axes[0], records, "loss", label="training loss")
     known = {"step", "epoch", "loss", "lr", "images_per_s"}
-    for name in {name: None for record in records for name in record if name not in known}:
+    for name in dict.fromkeys(name for record in records for name in record if name not in known):
         draw_line(axes[1], records, name, unit=0.01, label=f"{name}, %")
     for axis in axes:
         axis.set_xlabel("epoch")
@@ -318,10 +318,6 @@ def say(text):
 
 def pixel_statistics(config, images, info):
     """Mean and std of the pixels: those that the weights are used to, or those of the set."""
-    if config.from_scratch or not info:
+    if config.from_scratch:
         return mean_std(images)
     return list(info["mean"]), list(info["std"])
-
-
-def chosen_device(config):
-    return choose_device(config.device)
