@@ -13,10 +13,12 @@ failed gets a line that says so. Several processes may work off one plan: each t
 that no other has. Runs with the names `pixels` and `untrained` are yardsticks: raw pixels, or the
 network before training, on the images of that run.
 
-All runs compute in bf16, with attention written out: on a CPU this is faster.
+Runs compute in bf16, with attention written out: on CPUs with AVX-512 this is faster. On others
+bf16 is many times slower: there, say --precision fp32.
 
 Search and evidence are kept apart: runs of the stage `search` are judged on validation images
-alone, all others on the test split as well.
+alone, all others on the test split as well. The stage `repeat` is for runs of the evidence that are
+done again on another machine: compare them with one another only.
 
 The stages `finetune` and `segment` train a run of the evidence further, by the program of that name
 in this folder: the run of that set, seed and name, or, with the name `scratch`, the network of
@@ -94,12 +96,12 @@ def attention(q, k, v):
 
 # --------------------------------------------------------------------------------- train and judge
 
-def train_and_judge(run, data_root, out):
+def train_and_judge(run, data_root, out, precision):
     """Train a run (or continue it) -> what its line of results says of it."""
     start = time.perf_counter()
     root = data_root if run.data == "shapes" else f"{data_root}/{run.data}"
     train.main([*SETS[run.data].split(), *run.flags, "--data-root", str(root), "--out", str(out),
-                "--seed", str(run.seed), "--precision", "bf16"])
+                "--seed", str(run.seed), "--precision", precision])
     row = describe_log(out)
     (out / "eval.jsonl").unlink(missing_ok=True)           # of a judgement that was cut off
     split = "validation" if run.stage == "search" else "test"
@@ -115,7 +117,7 @@ def train_and_judge(run, data_root, out):
     return row
 
 
-def train_further(run, data_root, out):
+def train_further(run, data_root, out, precision):
     """Fine-tune, or segment with, a run of the evidence -> what its line of results says of it."""
     start = time.perf_counter()
     scratch = run.name == "scratch"
@@ -124,8 +126,8 @@ def train_further(run, data_root, out):
     root = data_root if run.data == "shapes" else f"{data_root}/{run.data}"
     FURTHER[run.stage].main([
         "--checkpoint", str(folder / "checkpoint.pt"), *["--from-scratch"] * scratch,
-        "--data-root", str(root), "--out", str(out), "--seed", str(run.seed), "--precision", "bf16",
-        *run.flags])
+        "--data-root", str(root), "--out", str(out), "--seed", str(run.seed),
+        "--precision", precision, *run.flags])
     found = json.loads((out / "result.json").read_text())
     del found["start"]
     return {run.stage: found, "minutes": round((time.perf_counter() - start) / 60, 1)}
@@ -178,9 +180,12 @@ def main(argv=None):
     parser.add_argument("runs", help="folder for the runs")
     parser.add_argument("--stage", nargs="+", help="only these (default: all)")
     parser.add_argument("--limit", type=int, default=0, help="stop after so many runs")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16",
+                        help="what to compute in (default: bf16)")
     parser.add_argument("--results", default=ROOT / "results" / "study.jsonl", type=Path)
     options = parser.parse_args(argv)
-    F.scaled_dot_product_attention = attention
+    if options.precision == "bf16":
+        F.scaled_dot_product_attention = attention
     where, runs_done = circumstances(), 0  # now: who knows what the folder holds an hour later
     for run in read_plan(options.plan):
         if options.stage and run.stage not in options.stage:
@@ -188,13 +193,13 @@ def main(argv=None):
         out = Path(options.runs, f"{run.stage}-{run.data}-{run.name}-{run.seed}".replace(" ", "-"))
         out.parent.mkdir(parents=True, exist_ok=True)
         with taken(f"{out}.lock") as free:
-            row = dict(run._asdict(), flags=" ".join(run.flags))
+            row = dict(run._asdict(), flags=" ".join(run.flags), precision=options.precision)
             if not free or key(row) in map(key, read_json_lines(options.results)):
                 continue
             print(f"--- {run.stage}: {run.data}, {run.name}, seed {run.seed}", file=sys.stderr)
             try:
                 work = train_further if run.stage in FURTHER else train_and_judge
-                row |= work(run, options.data, out)
+                row |= work(run, options.data, out, options.precision)
             except (Exception, SystemExit):                # the plan goes on; the line says why
                 traceback.print_exc()
                 row["error"] = traceback.format_exc().strip().splitlines()[-1][:200]
