@@ -67,6 +67,13 @@ def is_of_train(file):
     return isinstance(file, dict) and {"student", "arch", "config"} <= file.keys()
 
 
+def load_weights(path, flag="--checkpoint"):
+    """`load_checkpoint`; but of what extras/ trained further, the encoder alone (`exported`)."""
+    file = load_checkpoint(path, flag)
+    tuned = isinstance(file, dict) and {"tuned", "encoder"} <= file.keys()
+    return file["encoder"] if tuned else file
+
+
 def networks_and_optimizer(student, teachers, optimizer):
     """What a checkpoint stores the state of, by key."""
     parts = {"student": student, "optimizer": optimizer}
@@ -166,7 +173,7 @@ def start_from(student, path, target):
     path: a checkpoint of train.py (its student), official MAE weights, timm's, or an export. The
     heads of the pseudo labels stay new. Codes of places are interpolated if images have another
     size there. Raises UsageError for a file that is none, or of another network."""
-    file, own = load_checkpoint(path, "--init"), sizes(student.mae.encoder)
+    file, own = load_weights(path, "--init"), sizes(student.mae.encoder)
     try:
         if is_of_train(file):
             encoder, info = encoder_of_run(path, file, "student")
@@ -248,10 +255,9 @@ def export(encoder, info, folder):
     folder = Path(folder)
     make_folder(folder, "--out")
     (H, W), (ph, pw), channels, D, depth, heads, hidden = sizes(encoder).values()
-    state = {name: value.cpu() for name, value in encoder.state_dict().items()}
-    save_checkpoint(folder / "encoder.pt", {
-        "model": state, "mean": info["mean"], "std": info["std"], "num_heads": heads,
-        "img_size": (H, W)})
+    encoder = encoder.cpu()
+    state = encoder.state_dict()
+    save_checkpoint(folder / "encoder.pt", exported(encoder, info["mean"], info["std"]))
     save_checkpoint(folder / "pytorch_model.bin", to_hugging_face(state))
     size, patch = H if H == W else [H, W], ph if ph == pw else [ph, pw]
     config = {"architectures": ["ViTModel"], "model_type": "vit", "image_size": size,
@@ -284,14 +290,15 @@ def export(encoder, info, folder):
 # ------------------------------------------------------------------------ an encoder out of a file
 
 def load_encoder(path, num_heads=None, network=None, img_size=None):
-    """A checkpoint of train.py, or a file of official MAE or timm weights -> encoder, transform.
+    """A checkpoint of train.py or extras/, or a file of official MAE or timm weights -> encoder,
+    transform.
 
     encoder: a VisionTransformer in eval mode (B C H W -> B 1+N D). Its `info` has `mean` and `std`
     of training (ImageNet's for others' files), and of a file of ours its `arch`, `config`, `step`.
     transform: PIL image -> its input, C H W. num_heads: for others' files whose heads are not 64
     wide: their shapes do not tell. network: one of NETWORKS; None: what the recipe is judged by,
     the student or RC-MAE's teacher. img_size: another size than it was trained on."""
-    file = load_checkpoint(path)
+    file = load_weights(path)
     if is_of_train(file):
         encoder, info = encoder_of_run(path, file, network)
     else:
@@ -320,6 +327,12 @@ def resize_positions(encoder, img_size):
     encoder.num_patches = encoder.grid[0] * encoder.grid[1]
     places = F.interpolate(places, encoder.grid, mode="bicubic").flatten(2).mT           # 1 N D
     encoder.pos_embed = torch.nn.Parameter(torch.cat([cls, places], 1), requires_grad=False)
+
+
+def exported(encoder, mean, std):
+    """An encoder with what one must know to use it, as a dictionary of plain data and tensors."""
+    return {"model": encoder.state_dict(), "mean": mean, "std": std,
+            "num_heads": encoder.blocks[0].attn.num_heads, "img_size": tuple(encoder.img_size)}
 
 
 def kept_network(config):

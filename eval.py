@@ -43,7 +43,7 @@ from diagnosis import diagnose
 from features import class_attention, features, patch_features, standardised, subset
 from mae import MaskedAutoencoder
 from utils.command_line import Parser, UsageError, in_its_words, run_main, size
-from utils.devices import choose_device
+from utils.devices import choose_device, memory_errors_in_one_line
 from utils.files import append_json, write_atomically
 from utils.masks import classes_in, masks_of, pixels_of_classes
 from utils.pictures import draw_components, draw_few, draw_neighbours, draw_rows, to_pictures
@@ -637,7 +637,9 @@ def main(argv=None):
                 record["split"] = options.split
             if options.img_size:
                 record["img_size"] = options.img_size
-            record |= TASKS[task](each)
+            with memory_errors_in_one_line(device, f"--device {options.device}",
+                                           "use another one, or a smaller --img-size"):
+                record |= TASKS[task](each)
             record |= {"checkpoint": each.checkpoint,
                        "seconds": round(time.perf_counter() - start, 1)}
             append_json(Path(each.checkpoint).parent / "eval.jsonl", record)

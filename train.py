@@ -28,7 +28,7 @@ import sys
 import textwrap
 import time
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +78,13 @@ from utils.command_line import (
     run_main,
     size,
 )
-from utils.devices import choose_device, choose_precision, start_processes
+from utils.devices import (
+    choose_device,
+    choose_precision,
+    memory_errors_in_one_line,
+    peak_memory,
+    start_processes,
+)
 from utils.files import append_json, read_json_lines, truncate_log, write_atomically
 from utils.log import line, signs_of_collapse
 from utils.pictures import clusters, curves, draw_rows, to_pictures
@@ -469,7 +475,10 @@ def main(argv=None):
     images, train_ids, val_ids = load_training_images(config, rank, world)
     mean, std = mean_std(images)
 
-    with memory_errors_in_one_line(config, device):
+    with memory_errors_in_one_line(device, f"--batch-size {config.batch_size}", (
+            f"raise --accumulate (now {config.accumulate}), which computes a step in more and "
+            "smaller micro-batches, or lower --batch-size; --resident-gb 0 keeps image files out "
+            "of it")):
         # Student, teachers, optimiser, batches.
         student = build(config, images.channels).to(device, dtype)
         if config.init:
@@ -603,9 +612,7 @@ class Meter:
         found = {"images_per_s": round(steps * run.config.batch_size / seconds, 1),
                  "data_wait": round(self.waited / seconds, 4),
                  "eta_s": round((run.total - done) * seconds / steps, 1)}
-        if run.device.type == "cuda":                      # of this GPU, since the start
-            found["peak_memory_gb"] = round(torch.cuda.max_memory_allocated(run.device) / 1e9, 2)
-        return found
+        return found | peak_memory(run.device)
 
 
 def describe_targets(targets, config):
@@ -642,21 +649,6 @@ def load_training_images(config, rank, world):
                          f"train on ({len(val_ids)} are held out); use {len(train_ids)} or less"
                          + clusters)
     return images, train_ids, val_ids
-
-
-@contextmanager
-def memory_errors_in_one_line(config, device):
-    """The words for it: CUDA's and MPS's, and the CPU's."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise
-        raise UsageError(
-            f"--batch-size {config.batch_size}: the memory of {device} is too small; raise "
-            f"--accumulate (now {config.accumulate}), which computes a step in more and smaller "
-            "micro-batches, or lower --batch-size; --resident-gb 0 keeps image files out of it"
-        ) from error
 
 
 def resume(run):

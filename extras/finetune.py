@@ -3,14 +3,14 @@
     python -m extras.finetune --checkpoint runs/pl-mae-shapes-micro/checkpoint.pt
     python -m extras.finetune --checkpoint runs/pl-mae-shapes-micro/checkpoint.pt --from-scratch
 
-Writes checkpoint.pt, metrics.jsonl, curves.png and result.json into --out, and ends with a line of
-JSON: accuracy on the test split, of the weights at the end of the run. The same command continues a
-run that was cut off.
+Writes checkpoint.pt, config.json, metrics.jsonl, curves.png and result.json into --out, and ends
+with a line of JSON: accuracy on the test split (top-1), of the weights at the end of the run. The
+same command continues a run that was cut off.
 
 The recipe is near that of MAE's fine-tuning (He et al. 2022): layer-wise learning rates, drop path,
 label smoothing. It has no RandAugment and no random erasing, and crops are larger. Each batch gets
-either MixUp (Zhang et al. 2018), which blends
-two images and their labels, or CutMix (Yun et al. 2019), which pastes a part of one into the other.
+either MixUp (Zhang et al. 2018), which blends two images and their labels, or CutMix (Yun et al.
+2019), which pastes a part of one into the other.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,6 @@ from torchvision.transforms import v2
 
 from data import read
 from extras import tuning
-from features import CHUNK
 from utils.command_line import UsageError, option, run_main
 from utils.devices import choose_device
 
@@ -62,12 +61,12 @@ def mixing(config, classes):
 
 
 @torch.no_grad()
-def accuracy(model, images, ids, standardise, device):
+def accuracy(model, images, ids, config, standardise, device):
     """Share of the labelled images at ids that are put into their class."""
     model.eval()
     right = 0
     ids = ids[images.labels[ids] >= 0]
-    for part in ids.split(CHUNK):
+    for part in ids.split(config.batch_size):
         scores = model(standardise(read(images, part)).to(device))
         right += (scores.argmax(1).cpu() == images.labels[part]).sum().item()
     model.train()
@@ -83,17 +82,14 @@ def main(argv=None):
         raise UsageError(f"--data-root {config.data_root}: has no classes to learn; put images "
                          "into train/CLASS/* and test/CLASS/*")
     if images.classes != test_images.classes:
-        raise UsageError(f"--data-root {config.data_root}: the test split has other classes "
-                         f"({len(test_images.classes)}) than the training split ({classes}); make "
-                         "them alike")
+        name = sorted({*images.classes} ^ {*test_images.classes})[0]
+        raise UsageError(f"--data-root {config.data_root}: {name} is a class of one split alone; "
+                         "make train/* and test/* alike")
     mean, std = tuning.pixel_statistics(config, images, info)
+    standardise = tuning.standardise(mean, std)
+    augment, mix = tuning.augment(config, images.size), mixing(config, classes)
     torch.manual_seed(config.seed)
     model = Classifier(encoder, classes, config.token).to(device)
-    tuning.drop_paths(encoder, config.drop_path)
-    groups = tuning.parameter_groups(encoder, model.head, config)
-    standardise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
-    augment = v2.Compose([tuning.random_crop(config, images.size), v2.RandomHorizontalFlip()])
-    mix = mixing(config, classes)
 
     def loss_of(batch):
         imgs = torch.stack([augment(image) for image in read(images, batch)])  # B C H W uint8
@@ -103,17 +99,17 @@ def main(argv=None):
         return F.cross_entropy(model(imgs.to(device)), labels.to(device),
                                label_smoothing=config.label_smoothing)
 
-    def evaluate():
-        if len(val_ids) == 0:
-            return {}
-        return {"accuracy": accuracy(model, images, val_ids, standardise, device)}
+    def measure(images, ids):
+        return {"top1": accuracy(model, images, ids, config, standardise, device)}
 
-    step = tuning.tune(config, model, groups, images, ids, loss_of, evaluate, device)
+    def look():
+        return measure(images, val_ids) if len(val_ids) else {}
+
+    step = tuning.tune(config, encoder, model, images, ids, (mean, std), loss_of, look, device)
     everything = torch.arange(len(test_images))
     tuning.finish(config, "finetune", {
-        "step": step, "top1": accuracy(model, test_images, everything, standardise, device),
-        "validation": evaluate().get("accuracy"), "images": len(ids),
-        "test_images": len(test_images), "token": config.token})
+        "step": step, **measure(test_images, everything), "validation": look(),
+        "images": len(ids), "test_images": len(test_images), "token": config.token})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""What fine-tuning and segmentation share: where the encoder comes from, a learning rate for each
-layer, and a loop that continues after a stop.
+"""What fine-tuning, segmentation and detection share: where the encoder comes from, a learning rate
+for each layer, and a loop that continues after a stop.
 
 Here the whole network learns, with labels. Pretraining has taught the lower layers more general
 things than the upper ones, so they change less: of two neighbouring layers the lower one learns
@@ -22,10 +22,10 @@ import torch
 from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
-from checkpoint import continue_from, load_encoder, mae_arguments, save_checkpoint
+from checkpoint import continue_from, exported, load_encoder, save_checkpoint, sizes
 from data import SETS, epoch_order, generator, held_out, load_images, mean_std, spread_out
-from mae import SIZES, MaskedAutoencoder, pair
-from train import COUNT, POSITIVE, learning_rate
+from mae import SIZES, VisionTransformer, pair
+from train import COUNT, POSITIVE, describe, learning_rate
 from utils.command_line import (
     UsageError,
     check_ranges,
@@ -35,7 +35,7 @@ from utils.command_line import (
     option,
     size,
 )
-from utils.devices import choose_precision
+from utils.devices import choose_precision, memory_errors_in_one_line, peak_memory
 from utils.files import append_json, read_json_lines, truncate_log, write_atomically
 from utils.pictures import draw_line, plt, save
 
@@ -133,24 +133,17 @@ def start(Config, task, description, argv):
 def new_encoder(config, like):
     """Random weights: of the geometry of another encoder, or, without one, of --model."""
     if like is not None:
-        fresh = MaskedAutoencoder(**dict(
-            mae_arguments(like.info["arch"]) if "arch" in like.info else geometry_of(like),
-            img_size=config.img_size, target_dim=0))
-        return fresh.encoder
+        _, patch_size, channels, D, depth, heads, hidden = sizes(like).values()
+        return VisionTransformer(config.img_size, patch_size, channels, D, depth, heads, hidden / D)
     patch_size = config.patch_size or SETS[config.data].patch
+    width, depth, heads = (SIZES[config.model][key] for key in ("embed_dim", "depth", "num_heads"))
     try:
-        return MaskedAutoencoder(config.img_size, patch_size, SETS[config.data].channels,
-                                 **SIZES[config.model], target_dim=0).encoder
+        return VisionTransformer(config.img_size, patch_size, SETS[config.data].channels, width,
+                                 depth, heads)
     except ValueError as error:
-        raise UsageError(f"--patch-size {patch_size}: {error}") from error
-
-
-def geometry_of(encoder):
-    block = encoder.blocks[0]
-    D = encoder.cls_token.shape[-1]
-    return dict(patch_size=encoder.patch_size, in_chans=encoder.in_chans, embed_dim=D,
-                depth=len(encoder.blocks), num_heads=block.attn.num_heads,
-                mlp_ratio=block.mlp.fc1.out_features / D)
+        H, W = config.img_size
+        raise UsageError(f"--img-size {H}x{W}, --patch-size {patch_size}: {error}; choose a size "
+                         "of images that is a multiple of that of patches") from error
 
 
 def drop_paths(encoder, rate):
@@ -164,11 +157,12 @@ def drop_paths(encoder, rate):
                 lambda module, _, added, p=p: stochastic_depth(added, p, "row", module.training))
 
 
-def parameter_groups(encoder, head, config):
+def parameter_groups(encoder, model, config):
     """Groups for AdamW, each with a `scale` of the learning rate.
 
-    The head has 1, the last block layer_decay, the one before layer_decay squared, ..., the patch
-    embedding and class token one power more than the first block. Weight decay on matrices only."""
+    What the model has beside its encoder has 1, the last block layer_decay, the one before
+    layer_decay squared, ..., the patch embedding and class token one power more than the first
+    block. Weight decay on matrices only."""
     depth = len(encoder.blocks)
 
     def layer(name):
@@ -179,7 +173,8 @@ def parameter_groups(encoder, head, config):
 
     named = [(name, p, config.layer_decay ** (depth + 1 - layer(name)))
              for name, p in encoder.named_parameters() if name != "pos_embed"]
-    named += [(name, p, 1.0) for name, p in head.named_parameters()]
+    inside = {*encoder.parameters()}
+    named += [(name, p, 1.0) for name, p in model.named_parameters() if p not in inside]
     groups = {}
     for name, p, scale in named:
         matrix = name.endswith("weight") and p.ndim >= 2   # not class tokens
@@ -216,37 +211,46 @@ def split_images(config, encoder, labelled=False):
 
 # -------------------------------------------------------------------------------------------- loop
 
-def random_crop(config, size):
+def augment(config, size):
     """A random crop of an image of `size`, of nearly its shape (as in data.crop_boxes), resized to
-    it."""
+    it, and a flip. A mask that comes with the image is cropped and flipped likewise."""
     H, W = size
-    return v2.RandomResizedCrop(size, scale=(config.crop, 1),
-                                ratio=(3 / 4 * W / H, 4 / 3 * W / H) if config.crop < 1
-                                else (W / H, W / H))
+    ratio = (3 / 4 * W / H, 4 / 3 * W / H) if config.crop < 1 else (W / H, W / H)
+    return v2.Compose([v2.RandomResizedCrop(size, scale=(config.crop, 1), ratio=ratio),
+                       v2.RandomHorizontalFlip()])
 
 
-def tune(config, model, groups, images, ids, loss_of, evaluate, device):
-    """Train the model -> the step it ends at.
+def standardise(mean, std):
+    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
-    loss_of(ids) -> loss of a batch of images; called with torch's random numbers set for the step.
-    evaluate() -> {name: number} on held-out images."""
+
+def pixel_statistics(config, images, info):
+    """Mean and std of the pixels: those that the weights are used to, or those of the set."""
+    if config.from_scratch:
+        return mean_std(images)
+    return list(info["mean"]), list(info["std"])
+
+
+def tune(config, encoder, model, images, ids, statistics, loss_of, look, device):
+    """Train the model, which holds the encoder -> the step it ends at.
+
+    statistics: mean and std of the pixels. loss_of(ids) -> loss of a batch of images; called with
+    torch's random numbers set for the step. look() -> {name: number} on held-out images. Raises
+    UsageError for the folder of another run, and where the memory is too small."""
     out, per_epoch = Path(config.out), len(ids) // config.batch_size
     total = config.epochs * per_epoch
-    settings = dataclasses.asdict(config)
-    mean = mean_std(images)[0]                             # tells these images from others
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
-    saved = continue_from(out / "checkpoint.pt", settings, FREE, mean, len(images), "tuned")
-    begin = 0
-    if saved:
-        begin = saved["step"]
-        model.load_state_dict(saved["tuned"])
-        optimizer.load_state_dict(saved["optimizer"])
-    make_folder(out, "--out")
-    truncate_log(out / "metrics.jsonl", begin or -1)
-    say(f"{config.data}: {len(ids)} images to train on; steps {begin} to {total}, into {out}")
+    drop_paths(encoder, config.drop_path)
+    optimizer = torch.optim.AdamW(parameter_groups(encoder, model, config), betas=(0.9, 0.999))
+    begin = resume(config, model, optimizer, images)
+    say(describe(config))
+    in_all, in_encoder = (sum(p.numel() for p in module.parameters()) / 1e6
+                          for module in (model, encoder))
+    say(f"{config.data}: {len(ids)} images to train on; {in_encoder:.1f} M parameters in the "
+        f"encoder, {in_all:.1f} M in all; {device}; steps {begin} to {total}, into {out}")
+
     _, bf16 = choose_precision(config.precision, device)
     model.train()
-    order, sums, since = None, [], time.perf_counter()
+    order, losses, since = None, [], time.perf_counter()
     for step in range(begin, total):
         epoch, place = divmod(step, per_epoch)
         if order is None or place == 0:
@@ -254,37 +258,63 @@ def tune(config, model, groups, images, ids, loss_of, evaluate, device):
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * learning_rate(step, total, config)
         torch.manual_seed(generator(config.seed, "step", step).initial_seed())
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = loss_of(order[place * config.batch_size:(place + 1) * config.batch_size])
-        loss.backward()
+        with memory_errors_in_one_line(device, f"--batch-size {config.batch_size}",
+                                       "use a smaller one, or a smaller --img-size"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = loss_of(order[place * config.batch_size:(place + 1) * config.batch_size])
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        sums.append(loss.detach())
+        losses.append(loss.detach())
 
         done = step + 1
-        look = done == total or done % (config.eval_every * per_epoch) == 0
-        if look or done % config.log_every == 0:
+        pause = done == total or done % (config.eval_every * per_epoch) == 0
+        if pause or done % config.log_every == 0:
+            seconds = time.perf_counter() - since
             record = {"step": done, "epoch": done / per_epoch,
-                      "loss": torch.stack(sums).mean().item(),
+                      "loss": torch.stack(losses).mean().item(),
                       "lr": learning_rate(step, total, config),
-                      "images_per_s": round(len(sums) * config.batch_size
-                                            / (time.perf_counter() - since), 1)}
+                      "images_per_s": round(len(losses) * config.batch_size / seconds, 1)}
+            record |= peak_memory(device)
             if not math.isfinite(record["loss"]):
                 say(f"the loss is {record['loss']} at step {done}. The last checkpoint is intact; "
                     "try a lower --lr, with another --out")
                 sys.exit(1)
-            if look:
-                record |= evaluate()
+            if pause:
+                record |= look()
             append_json(out / "metrics.jsonl", record)
             say("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
-            if look:
+            if pause:
                 save_checkpoint(out / "checkpoint.pt", dict(
                     tuned=model.state_dict(), optimizer=optimizer.state_dict(), step=done,
-                    config=settings, mean=mean, images=len(images)))
+                    config=dataclasses.asdict(config), mean=mean_std(images)[0],
+                    images=len(images),
+                    encoder=exported(encoder, *statistics)))           # for load_encoder
                 draw_curves(out)
-            sums, since = [], time.perf_counter()
+            losses, since = [], time.perf_counter()
     return total
+
+
+def resume(config, model, optimizer, images):
+    """Load the checkpoint of a run that was cut off -> its step, 0 if there is none; make the
+    folder."""
+    out, settings, begin = Path(config.out), dataclasses.asdict(config), 0
+    mean = mean_std(images)[0]                             # tells these images from others
+    saved = continue_from(out / "checkpoint.pt", settings, FREE, mean, len(images), "tuned")
+    if saved:
+        begin = saved["step"]
+        try:
+            model.load_state_dict(saved["tuned"])
+        except RuntimeError as error:
+            raise UsageError(f"--out {out}: holds a run on images with other classes; use another "
+                             "--out, or delete that folder") from error
+        optimizer.load_state_dict(saved["optimizer"])
+    make_folder(out, "--out")
+    text = json.dumps(settings, indent=2).encode()
+    write_atomically(out / "config.json", lambda file: file.write(text))
+    truncate_log(out / "metrics.jsonl", begin or -1)
+    return begin
 
 
 def draw_curves(out):
@@ -292,7 +322,7 @@ def draw_curves(out):
     records = read_json_lines(out / "metrics.jsonl")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     draw_line(axes[0], records, "loss", label="training loss")
-    known = {"step", "epoch", "loss", "lr", "images_per_s"}
+    known = {"step", "epoch", "loss", "lr", "images_per_s", "peak_memory_gb"}
     for name in dict.fromkeys(name for record in records for name in record if name not in known):
         draw_line(axes[1], records, name, unit=0.01, label=f"{name}, %")
     for axis in axes:
@@ -314,10 +344,3 @@ def finish(config, task, found):
 
 def say(text):
     print(text, file=sys.stderr, flush=True)
-
-
-def pixel_statistics(config, images, info):
-    """Mean and std of the pixels: those that the weights are used to, or those of the set."""
-    if config.from_scratch:
-        return mean_std(images)
-    return list(info["mean"]), list(info["std"])

@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT, TOY, run
 
 import train
+from checkpoint import load_encoder
 from extras import finetune, tuning
 from mae import MaskedAutoencoder
 from utils.command_line import UsageError
@@ -35,10 +36,11 @@ def toy_encoder():
 
 def test_layers_learn_at_these_rates():
     """A list by hand: two blocks, so the embedding is three layers below the last norm."""
-    encoder, head = toy_encoder(), torch.nn.Linear(32, 3)
+    model = finetune.Classifier(toy_encoder(), 3, "mean")
+    encoder, head = model.encoder, model.head
     config = tuning.Config(layer_decay=0.5, weight_decay=0.05)
     found = {}
-    for group in tuning.parameter_groups(encoder, head, config):
+    for group in tuning.parameter_groups(encoder, model, config):
         for p in group["params"]:
             found[p] = group["scale"], group["weight_decay"]
     names = {"cls_token": (0.125, 0), "patch_embed.proj.weight": (0.125, 0.05),
@@ -177,12 +179,13 @@ def test_the_token_that_is_classified(token):
 
 def test_crops_have_the_shape_of_the_images():
     imgs = torch.arange(32 * 64).view(1, 32, 64)
-    whole = tuning.random_crop(tuning.Config(crop=1.0), (32, 64))
-    assert torch.equal(whole(imgs), imgs)
+    whole = tuning.augment(tuning.Config(crop=1.0), (32, 64))
+    seen = [whole(imgs) for _ in range(20)]
+    assert all(torch.equal(each, imgs) or torch.equal(each, imgs.flip(-1)) for each in seen)
     torch.manual_seed(0)
-    parts = tuning.random_crop(tuning.Config(crop=0.35), (32, 64))
+    parts = tuning.augment(tuning.Config(crop=0.35), (32, 64))
     for _ in range(20):
-        _, _, h, w = parts.make_params([imgs]).values()
+        _, _, h, w = parts.transforms[0].make_params([imgs]).values()
         assert 0.7 < w / h / 2 < 1.4
 
 
@@ -199,3 +202,70 @@ def test_images_without_a_label_do_not_serve(checkpoint, photos, tmp_path, monke
     assert json.loads(capsys.readouterr().out)["images"] == 33
     with pytest.raises(UsageError, match="there are 33 images"):
         finetune.main(flags(checkpoint, tmp_path / "other", "--batch-size", "40"))
+
+
+def test_what_was_tuned_can_be_evaluated_and_started_from(checkpoint, tmp_path, capsys):
+    """A checkpoint of fine-tuning holds its encoder as an export does, and no second copy of it."""
+    out = tmp_path / "run"
+    finetune.main(flags(checkpoint, out, "--img-size", "24"))
+    encoder, _ = load_encoder(out / "checkpoint.pt")
+    file = torch.load(out / "checkpoint.pt")
+    assert encoder.img_size == (24, 24) and encoder.blocks[0].attn.num_heads == 3
+    for name, value in encoder.state_dict().items():
+        there = file["tuned"][f"encoder.{name}"]
+        assert torch.equal(value, there)
+        assert file["encoder"]["model"][name].data_ptr() == there.data_ptr()
+    info = load_encoder(checkpoint)[0].info
+    assert encoder.info["mean"] == info["mean"] and encoder.info["std"] == info["std"]
+    config, again, _ = tuning.start(finetune.Config, "finetune", "",
+                                    flags(out / "checkpoint.pt", tmp_path / "other"))
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(),
+                                                 encoder.state_dict().values()))
+
+
+def test_out_of_memory_is_one_line(checkpoint, tmp_path, monkeypatch):
+    def too_large(*given, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+
+    monkeypatch.setattr(finetune.F, "cross_entropy", too_large)
+    with pytest.raises(UsageError, match="--batch-size 16: the memory of cpu is too small"):
+        finetune.main(flags(checkpoint, tmp_path / "run"))
+
+
+def test_images_are_mixed_labels_smoothed_and_layers_dropped(checkpoint, tmp_path, monkeypatch):
+    """What the loss is really called with, at the defaults."""
+    seen, dropped = [], []
+    real_loss, real_drop = finetune.F.cross_entropy, tuning.stochastic_depth
+
+    def loss(scores, labels, label_smoothing):
+        seen.append((labels, label_smoothing))
+        return real_loss(scores, labels, label_smoothing=label_smoothing)
+
+    def drop(x, p, mode, training):
+        dropped.append((round(p, 3), training))
+        return real_drop(x, p, mode, training)
+
+    monkeypatch.setattr(finetune.F, "cross_entropy", loss)
+    monkeypatch.setattr(tuning, "stochastic_depth", drop)
+    finetune.main(flags(checkpoint, tmp_path / "run", "--epochs", "1", "--drop-path", "0.3"))
+    labels = torch.cat([each for each, _ in seen])
+    assert labels.shape[1] == 3 and torch.allclose(labels.sum(1), torch.ones(len(labels)))
+    assert ((labels > 0).sum(1) == 2).any()                # two images in one
+    assert {smoothing for _, smoothing in seen} == {0.1}
+    assert {p for p, training in dropped if training} == {0, 0.1, 0.2, 0.3}        # four blocks
+    assert any(not training for _, training in dropped)    # and none while it is looked at
+
+
+def test_images_with_other_classes_are_refused(checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    finetune.main(flags(checkpoint, out, "--epochs", "1"))
+    real = tuning.load_images
+
+    def more(*given):
+        images = real(*given)
+        images.classes = [*images.classes, "violet"]
+        return images
+
+    monkeypatch.setattr(tuning, "load_images", more)
+    with pytest.raises(UsageError, match="other classes"):
+        finetune.main(flags(checkpoint, out, "--epochs", "1"))

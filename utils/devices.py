@@ -1,6 +1,7 @@
 """Which device, how many processes, which precision."""
 
 import os
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -70,3 +71,21 @@ def choose_precision(name, device):
     bf16 = name == "bf16" or (name == "auto" and device.type == "cuda"
                               and torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.float64 if name == "fp64" else torch.float32, bf16
+
+
+@contextmanager
+def memory_errors_in_one_line(device, flag, remedy):
+    """Inside, a device whose memory is too small is a UsageError. flag: with its value."""
+    try:
+        yield
+    except RuntimeError as error:          # the words for it: CUDA's and MPS's, and the CPU's
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        raise UsageError(f"{flag}: the memory of {device} is too small; {remedy}") from error
+
+
+def peak_memory(device):
+    """{"peak_memory_gb": the most that was in use on this GPU since the start}; {} on others."""
+    if device.type != "cuda":
+        return {}
+    return {"peak_memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 2)}

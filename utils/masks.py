@@ -13,16 +13,21 @@ from utils.command_line import UsageError
 ORIENTATION = 0x0112               # the number of that entry in EXIF data
 
 
+def seen_part(mask, size):
+    """The part of a mask H W that the network sees of its image: the centre of the shape of `size`
+    (H, W), as in `utils.images.fit`. It is not resized."""
+    H, W = mask.shape
+    scale = max(size[0] / H, size[1] / W)
+    return TF.center_crop(mask, [min(H, round(size[0] / scale)), min(W, round(size[1] / scale))])
+
+
 def count_pixels(mask, size, grid, classes, void=255):
     """How many pixels of each class lie in each patch: mask H W -> N classes.
 
-    The mask may be larger or smaller than the image that the network sees: as of that image, the
-    centre of the shape of `size` (H, W) is used. A pixel belongs to the patch in which its middle
-    lies. Pixels of the number `void`, and of those from `classes` on, are not counted."""
-    mask = mask.long()                         # 8 bits cannot be compared with a `void` beyond 255
-    H, W = mask.shape
-    scale = max(size[0] / H, size[1] / W)
-    mask = TF.center_crop(mask, [min(H, round(size[0] / scale)), min(W, round(size[1] / scale))])
+    The mask may be larger or smaller than the image that the network sees, whose size (H, W) is
+    `size`. A pixel belongs to the patch in which its middle lies. Pixels of the number `void`, and
+    of those from `classes` on, are not counted."""
+    mask = seen_part(mask.long(), size)        # 8 bits cannot be compared with a `void` beyond 255
     row, column = ((2 * torch.arange(length) + 1) * patches // (2 * length)
                    for length, patches in zip(mask.shape, grid))
     patch = row[:, None] * grid[1] + column                                                # H W
@@ -53,9 +58,8 @@ def read_mask(path):
         mask.load()
     except (UnidentifiedImageError, OSError) as error:
         raise UsageError(f"--data-root: {path} has no mask {file} ({type(error).__name__}); "
-                         "patches needs a mask of each image, DIR/train/NAME.jpg and "
-                         "DIR/trainannot/NAME.png, likewise test; without masks use knn or "
-                         "linear") from error
+                         "each image needs one, DIR/train/NAME.jpg and DIR/trainannot/NAME.png, "
+                         "likewise test") from error
     if mask.mode not in ("L", "P", "1"):
         raise UsageError(f"--data-root: the mask {file} has pixels of the kind {mask.mode}; write "
                          "the number of the class in one channel of 8 bits")
@@ -72,7 +76,7 @@ def read_mask(path):
 def masks_of(images, ids):
     """The masks of the images at ids: n, each H W uint8. Raises UsageError if there are none."""
     if "masks" in images.targets:
-        return list(images.targets["masks"][ids])
+        return list(images.targets["masks"][torch.as_tensor(ids)])
     if images.paths is not None:
         return [read_mask(images.paths[i]) for i in ids]
     raise UsageError("--data: this set has no masks; use shapes, or an imagefolder of pairs "

@@ -146,8 +146,16 @@ def iou(painted, counts):
 
     painted m N: the class that a patch is painted in. counts m N C: pixels of each class in it."""
     C = counts.shape[-1]
-    confusion = torch.zeros(C, C, dtype=torch.float64)     # painted as a row, of the class a column
+    confusion = torch.zeros(C, C, dtype=torch.float64)
     confusion.index_add_(0, painted.flatten().cpu(), counts.flatten(0, 1).cpu().double())
+    return overlaps(confusion)
+
+
+def overlaps(confusion):
+    """Intersection over union of each class: C; NaN for a class that is not there.
+
+    confusion C C: how many pixels were painted in the class of the row and are of that of the
+    column."""
     hit, truth = confusion.diagonal(), confusion.sum(0)
     return torch.where(truth > 0, hit / (truth + confusion.sum(1) - hit), math.nan)
 
