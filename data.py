@@ -69,7 +69,7 @@ class Images:
     channels: int
     pixels: torch.Tensor | None = None         # n C H W uint8, of any H and W
     paths: list | None = None
-    # `shapes` also has multilabel, masks, boxes; `coco` multilabel
+    # `shapes` also has multilabel, masks, owners, boxes; `coco` multilabel
     targets: dict = field(default_factory=dict)
 
     def __len__(self):

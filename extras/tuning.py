@@ -186,13 +186,13 @@ def parameter_groups(encoder, model, config):
 
 # ------------------------------------------------------------------------------------------ images
 
-def split_images(config, encoder, labelled=False):
-    """Images of the training split, ids to train on, ids held out, images of the test split.
+def split_images(config, encoder, labelled=False, test="test"):
+    """Images of the training split, ids to train on, ids held out, images of the split `test`.
 
     labelled: only images with a label serve. Raises UsageError where they are too few."""
     train_images, test_images = (
         load_images(config.data, config.data_root, split, config.img_size, encoder.in_chans)
-        for split in ("train", "test"))
+        for split in ("train", test))
     if labelled:
         ids, val_ids = held_out(train_images, config.val_fraction)
         ids = ids[train_images.labels[ids] >= 0]

@@ -371,10 +371,17 @@ def test_a_scene_is_a_function_of_its_index():
 
 def test_scenes_are_what_they_say():
     for index in range(40):
-        image, label, multilabel, mask, boxes = scene(index)
+        image, label, multilabel, mask, owner, boxes = scene(index)
         assert image.shape == (3, 64, 64) and image.dtype == np.uint8
         assert mask.shape == (64, 64) and mask.max() <= len(KINDS)
         visible = set(np.flatnonzero(multilabel))
+        for number, (left, top, right, bottom, kind) in enumerate(boxes, 1):
+            there = np.argwhere(owner == number)                       # rows and columns
+            assert (mask[owner == number] == 1 + kind).all() and (kind >= 0) == (len(there) > 0)
+            if kind >= 0:
+                assert (there.min(0).tolist(), (there.max(0) + 1).tolist()) == (
+                    [top, left], [bottom, right])
+        assert ((owner > 0) == (mask > 0)).all()
         boxes = boxes[boxes[:, 4] >= 0]
         assert label in visible
         assert set(np.unique(mask[mask > 0]) - 1) == visible == set(boxes[:, 4])

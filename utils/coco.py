@@ -12,16 +12,16 @@ SPLITS = {"train": "train", "test": "val"}     # COCO keeps the answers to its o
 
 def read_coco(root, split):
     """Of a split: paths of the images, classes in each (n C of 0 and 1, uint8), names of the
-    classes.
+    classes. Objects that are marked as crowds count."""
+    return read_annotations(annotations_file(root, split))
+
+
+def annotations_file(root, split):
+    """The path of the annotations of a split. Raises UsageError where there are none.
 
     ROOT/annotations/instances_NAME.json belongs to the images ROOT/NAME/*; NAME begins with `train`
-    or `val`, as in val2017. Where there is one such file, it is the one to train on. Objects that
-    are marked as crowds count."""
-    root = Path(root)
-    files = sorted(root.glob("annotations/instances_*.json"))
-    if not files:
-        raise UsageError(f"--data-root {root}: holds no annotations/instances_*.json; name the "
-                         "folder of a set in the format of COCO")
+    or `val`, as in val2017. Where there is one such file, it is the one to train on."""
+    files = annotation_files(root)
     found = [path for path in files
              if path.stem.removeprefix("instances_").startswith(SPLITS[split])]
     if len(files) == 1 and split == "train":
@@ -35,7 +35,16 @@ def read_coco(root, split):
     if len(found) > 1:
         raise UsageError(f"--data-root {root}: {' and '.join(each.name for each in found)} are of "
                          "one split; keep one of them in the folder annotations")
-    return read_annotations(found[0])
+    return found[0]
+
+
+def annotation_files(root):
+    """Those of all splits. Raises UsageError if there is none."""
+    files = sorted(Path(root).glob("annotations/instances_*.json"))
+    if not files:
+        raise UsageError(f"--data-root {root}: holds no annotations/instances_*.json; name the "
+                         "folder of a set in the format of COCO")
+    return files
 
 
 def read_annotations(path):

@@ -5,8 +5,9 @@ of its index. Objects are turned, stretched, shaded, partly hidden or partly out
 and textures say nothing about their kind, so comparing pixels (k-NN) is of little use.
 
 Known of a scene: its class (the kind of the object with the largest visible area), which kinds are
-visible (multi-label), a segmentation mask, and boxes. 6,000 scenes to train on and 2,000 to test on
-are drawn once, in a quarter of a minute, and kept under the data root.
+visible (multi-label), a segmentation mask, and of each object its box and its pixels. 6,000 scenes
+to train on and 2,000 to test on are drawn once, in a quarter of a minute, and kept under the data
+root.
 
 How it came to be. Version 1 was the first of six drafts on which the k-NN of the recipe `mae` rose
 within minutes. Since then drafts were compared by two numbers that no recipe has a part in:
@@ -42,7 +43,8 @@ from utils.files import write_atomically
 
 SIDE = 64
 OBJECTS = 4                                                    # the most in a scene
-VERSION = 3
+VERSION = 3                                                    # of how scenes are drawn
+KEPT = 1                                                       # of what is kept of them
 SCENES = {"train": (0, 6000), "test": (1_000_000, 2000)}       # first index, number
 
 
@@ -144,10 +146,11 @@ def halve(a):
 
 
 def scene(index):
-    """Scene number `index`: image, label, multilabel, mask, boxes.
+    """Scene number `index`: image, label, multilabel, mask, owner, boxes.
 
-    image 3 H W uint8, multilabel (10), mask H W uint8 (0 the ground, 1 + kind), boxes 4 5: left,
-    top, right, bottom in pixels, and the kind; rows of -1 where there are fewer objects."""
+    image 3 H W uint8, multilabel (10), mask H W uint8 (0 the ground, 1 + kind), owner H W uint8 (0
+    the ground, 1 + number of the object), boxes 4 5: of each object left, top, right, bottom in
+    pixels, and the kind; rows of -1 of objects that are not there or not to be seen."""
     rng = np.random.default_rng([VERSION, index])
     fine = (np.arange(2 * SIDE) + 0.5) / SIDE - 1              # two samples a pixel: smooth edges
     fine_y, fine_x = np.meshgrid(fine, fine, indexing="ij")
@@ -187,20 +190,20 @@ def scene(index):
         boxes[k] = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1, kinds[k]
         multilabel[kinds[k]] = 1
     image = (image * 255).round().astype(np.uint8)
-    return image, kinds[areas.argmax()], multilabel, mask, boxes
+    return image, kinds[areas.argmax()], multilabel, mask, owner, boxes
 
 
 def load_shapes(root, split):
     """pixels, labels, classes, targets of a split, drawn if they are not under root yet.
 
-    pixels n 3 64 64 uint8; targets: multilabel n 10, masks n 64 64, boxes n 4 5."""
-    path = Path(root) / "shapes" / f"{split}-v{VERSION}.npz"
+    pixels n 3 64 64 uint8; targets: multilabel n 10, masks and owners n 64 64, boxes n 4 5."""
+    path = Path(root) / "shapes" / f"{split}-v{VERSION}.{KEPT}.npz"
     if not path.exists():
         make_folder(path.parent, "--data-root")
         print(f"drawing the {split} scenes of shapes (once; kept in {path})", file=sys.stderr)
         first, number = SCENES[split]
         scenes = [scene(first + i) for i in range(number)]
-        names = ("pixels", "labels", "multilabel", "masks", "boxes")
+        names = ("pixels", "labels", "multilabel", "masks", "owners", "boxes")
         columns = {name: np.stack(column) for name, column in zip(names, zip(*scenes))}
         write_atomically(path, lambda file: np.savez(file, **columns))
     with np.load(path) as file:
@@ -218,7 +221,7 @@ def draw_scenes(path):
 
     figure, axes = plt.subplots(6, 10, figsize=(15, 9.5))
     for i, (top, bottom) in enumerate(zip(axes[::2].flat, axes[1::2].flat)):
-        image, label, _, mask, boxes = scene(i)
+        image, label, _, mask, _, boxes = scene(i)
         top.imshow(image.transpose(1, 2, 0))
         top.set_title(list(KINDS)[label], fontsize=9)
         bottom.imshow(mask, cmap="tab20", vmin=0, vmax=len(KINDS), interpolation="nearest")

@@ -1,0 +1,328 @@
+"""Train an encoder to detect objects, all of it, end to end: for each object a class, a box and the
+mask of its pixels.
+
+    pip install pycocotools
+    python -m extras.detect --checkpoint runs/pl-mae-shapes-micro/checkpoint.pt
+    python -m extras.detect --checkpoint FILE --data coco --data-root COCO --img-size 256
+
+Objects are those of `shapes`, or of a set in the format of COCO (see `utils/coco.py`). Writes
+checkpoint.pt, config.json, metrics.jsonl, curves.png, detections.png and result.json into --out,
+and ends with a line of JSON: average precision (AP) of boxes and of masks, as pycocotools computes
+it, on the test split; where a set has one file of annotations, on the images held out. The same
+command continues a run that was cut off.
+
+The detector is torchvision's Mask R-CNN (He et al. 2017). It wants maps of several resolutions, and
+a plain ViT has one: a simple feature pyramid makes four of it (ViTDet, Li et al. 2022). Images keep
+their shape: the longer side becomes that of the network, and the rest is filled up.
+
+Letters:  B images, h w rows and columns of patches, H W height and width of an image, D width of
+          the encoder, n objects of an image.
+"""
+
+import io
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision import tv_tensors
+from torchvision.models.convnext import LayerNorm2d
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import masks_to_boxes
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+from extras import tuning
+from features import subset
+from utils.coco import annotation_files, annotations_file
+from utils.command_line import UsageError, option, run_main
+from utils.devices import choose_device
+from utils.images import open_image
+from utils.pictures import plt, save
+
+try:
+    from pycocotools import mask as run_lengths
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+except ImportError:
+    COCO = None
+
+
+@dataclass
+class Config(tuning.Config):
+    width: int = option(32, "channels of the pyramid and of the heads (not tuned; ViTDet: 256)",
+                        range=(8, 1024))
+
+
+# ------------------------------------------------------------------------- images and their objects
+
+class Scenes:
+    """The images of a split at their own size, and their objects: `coco`, a COCO of pycocotools,
+    whose images come in the same order."""
+
+    def __init__(self, images, config, split):
+        self.images = images
+        with redirect_stdout(io.StringIO()):               # pycocotools prints
+            if config.data == "coco":
+                path = annotations_file(config.data_root, split)
+                self.coco = COCO(path)
+                check_annotations(self.coco, path)
+            else:
+                self.coco = COCO()
+                self.coco.dataset = shapes_as_coco(images)
+                self.coco.createIndex()
+        self.keys = [each["id"] for each in self.coco.dataset["images"]]
+        # Number 0 is the ground; COCO's own numbers have gaps.
+        self.number = {key: 1 + i for i, key in enumerate(sorted(self.coco.cats))}
+
+    def read(self, index):
+        """C H W uint8."""
+        if self.images.paths is None:
+            return self.images.pixels[index]
+        image = TF.pil_to_tensor(open_image(self.images.paths[index], self.images.channels))
+        wants = self.coco.imgs[self.keys[index]]
+        if image.shape[1:] != (wants["height"], wants["width"]):
+            raise UsageError(f"--data-root: {self.images.paths[index]} has {image.shape[2]} x "
+                             f"{image.shape[1]} pixels, its annotations are of {wants['width']} x "
+                             f"{wants['height']}; make them alike")
+        return image
+
+    def objects(self, index):
+        """Masks n H W uint8 and classes n of an image; crowds are left out."""
+        key = self.keys[index]
+        found = [each for each in self.coco.imgToAnns[key] if not each["iscrowd"]]
+        masks = [torch.from_numpy(self.coco.annToMask(each)) for each in found]
+        size = self.coco.imgs[key]["height"], self.coco.imgs[key]["width"]
+        classes = torch.tensor([self.number[each["category_id"]] for each in found],
+                               dtype=torch.long)
+        return torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8), classes
+
+
+def shapes_as_coco(images):
+    """The objects of `shapes` in the format of COCO, as far as they are to be seen."""
+    annotations = []
+    for index, (owners, boxes) in enumerate(zip(images.targets["owners"].numpy(),
+                                                images.targets["boxes"].tolist())):
+        for number, (left, top, right, bottom, kind) in enumerate(boxes, 1):
+            if kind >= 0:
+                mask = owners == number                    # H W
+                annotations.append({
+                    "id": len(annotations) + 1, "image_id": index, "category_id": kind,
+                    "bbox": [left, top, right - left, bottom - top], "area": int(mask.sum()),
+                    "segmentation": encode(mask), "iscrowd": 0})
+    height, width = images.targets["owners"].shape[1:]
+    return {"images": [{"id": index, "height": height, "width": width}
+                       for index in range(len(images))],
+            "annotations": annotations,
+            "categories": [{"id": i, "name": name} for i, name in enumerate(images.classes)]}
+
+
+def encode(mask):
+    """A mask H W of numpy as COCO writes it, the lengths of runs of equal pixels."""
+    return run_lengths.encode(np.asfortranarray(mask.astype(np.uint8)))
+
+
+def check_annotations(coco, path):
+    """Raises UsageError where objects lack what detection needs."""
+    for rows, keys in ((coco.dataset["annotations"], ("bbox", "segmentation", "area", "iscrowd")),
+                       (coco.dataset["images"], ("height", "width"))):
+        for row in rows:
+            lacking = [key for key in keys if key not in row]
+            if lacking:
+                raise UsageError(f"--data-root: {path} lacks {lacking[0]} of number {row['id']}; "
+                                 f"detection needs {', '.join(keys)}")
+
+
+def targets(masks, classes):
+    """Masks n H W and classes n -> what Mask R-CNN learns: boxes, labels, masks of the objects that
+    have a pixel."""
+    there = (masks > 0).flatten(1).any(1)
+    masks, classes = masks[there], classes[there]
+    boxes = masks_to_boxes(masks)                          # left, top, right, bottom: first, last
+    boxes[:, 2:] += 1                                      # pixel, so that one pixel is 1 wide
+    return {"boxes": boxes.float(), "labels": classes, "masks": masks}
+
+
+def jitter(config, side, mean):
+    """Image and masks shrunk or magnified, a part of `side` x `side` of that (filled up with the
+    mean colour where it is smaller), and a flip. ViTDet's augmentation, less strong."""
+    strongest = config.crop ** -0.5                        # an area of 1 / 4 is a scale of 2
+    fill = {tv_tensors.Image: [255 * each for each in mean], tv_tensors.Mask: 0}
+    return v2.Compose([v2.ScaleJitter((side, side), (1 / strongest, strongest)),
+                       v2.RandomCrop((side, side), pad_if_needed=True, fill=fill),
+                       v2.RandomHorizontalFlip()])
+
+
+# --------------------------------------------------------------------------------------- the model
+
+class Pyramid(nn.Module):
+    """ViTDet's simple feature pyramid: B C H W -> {name: map B width rows columns}.
+
+    The map of the patch tokens is made four times and twice as fine, left alone, and made half as
+    fine. ViTDet draws all four from the last block, as what lies below has no finer map either."""
+
+    def __init__(self, encoder, width):
+        super().__init__()
+        D = encoder.cls_token.shape[-1]
+        self.encoder, self.out_channels = encoder, width
+
+        def finer(channels):
+            return nn.ConvTranspose2d(channels, channels // 2, 2, stride=2)
+
+        ways = [(nn.Sequential(finer(D), LayerNorm2d(D // 2), nn.GELU(), finer(D // 2)), D // 4),
+                (finer(D), D // 2), (nn.Identity(), D), (nn.MaxPool2d(2), D)]
+        self.levels = nn.ModuleList(
+            nn.Sequential(way, nn.Conv2d(channels, width, 1), LayerNorm2d(width),
+                          nn.Conv2d(width, width, 3, padding=1), LayerNorm2d(width))
+            for way, channels in ways)
+
+    def forward(self, imgs):
+        tokens = self.encoder(imgs)[:, 1:]                                             # B N D
+        patches = tokens.mT.unflatten(2, self.encoder.grid)                            # B D h w
+        return {str(i): level(patches) for i, level in enumerate(self.levels)}
+
+
+def detector(encoder, classes, width, mean, std):
+    """Mask R-CNN on the pyramid. In training: images, targets -> {name: loss}; else images, a list
+    of C H W in 0..1 of any size -> for each boxes, labels, scores, masks. classes: with the ground.
+
+    Numbers of proposals and widths of heads are smaller than torchvision's, for small images."""
+    side, patch = encoder.img_size[0], encoder.patch_size[0]
+    strides = [patch / 4, patch / 2, patch, 2 * patch]     # of the four maps, in pixels
+    return MaskRCNN(
+        Pyramid(encoder, width), min_size=side, max_size=side, size_divisible=side,
+        image_mean=mean, image_std=std,
+        rpn_anchor_generator=AnchorGenerator(
+            sizes=tuple((4 * stride,) for stride in strides), aspect_ratios=((0.5, 1, 2),) * 4),
+        rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=100, rpn_pre_nms_top_n_test=200,
+        rpn_post_nms_top_n_test=100, rpn_batch_size_per_image=64, box_batch_size_per_image=32,
+        box_head=TwoMLPHead(width * 7 * 7, 4 * width),
+        box_predictor=FastRCNNPredictor(4 * width, classes),
+        mask_head=MaskRCNNHeads(width, (width,) * 2, 1),
+        mask_predictor=MaskRCNNPredictor(width, width, classes))
+
+
+# --------------------------------------------------------------------------------------- the scores
+
+@torch.no_grad()
+def detections(model, scenes, ids, batch_size, device):
+    """What the model finds in the images at ids, as COCO writes results: a list."""
+    model.eval()
+    key_of = {number: key for key, number in scenes.number.items()}
+    found = []
+    for part in ids.split(batch_size):
+        imgs = [scenes.read(index).to(device) / 255 for index in part.tolist()]
+        for index, each in zip(part.tolist(), model(imgs)):
+            for box, number, score, mask in zip(
+                    each["boxes"].tolist(), each["labels"].tolist(), each["scores"].tolist(),
+                    each["masks"][:, 0].cpu().numpy() > 0.5):
+                left, top, right, bottom = box
+                found.append({
+                    "image_id": scenes.keys[index], "category_id": key_of[number], "score": score,
+                    "bbox": [left, top, right - left, bottom - top], "segmentation": encode(mask)})
+    model.train()
+    return found
+
+
+def average_precision(scenes, found, ids):
+    """AP of boxes and of masks: mean over classes and over overlaps (IoU) of 0.5, 0.55, ..., 0.95
+    that count as found; and AP at 0.5. None where the images hold no object."""
+    keys = [scenes.keys[index] for index in ids.tolist()]
+    scores = {}
+    with redirect_stdout(io.StringIO()):                   # pycocotools prints its tables
+        results = scenes.coco.loadRes(found) if found else COCO()
+        for name, kind in (("box", "bbox"), ("mask", "segm")):
+            judge = COCOeval(scenes.coco, results, kind)
+            judge.params.imgIds = keys
+            judge.evaluate()
+            judge.accumulate()
+            judge.summarize()
+            for suffix, value in (("", judge.stats[0]), ("50", judge.stats[1])):
+                scores[f"{name}_ap{suffix}"] = None if value < 0 else round(float(value), 4)
+    return scores
+
+
+def draw(scenes, found, ids, path, most=8, certain=0.5):
+    """detections.png: a few images with their objects, and below what was found with a score of at
+    least `certain`."""
+    ids = subset(ids, most).tolist()
+    figure, axes = plt.subplots(2, len(ids), figsize=(2 * len(ids), 4.4), squeeze=False,
+                                layout="constrained")
+    for (truth, below), index in zip(axes.T, ids):
+        image, key = scenes.read(index), scenes.keys[index]
+        shown = [each for each in found if each["image_id"] == key and each["score"] >= certain]
+        for axis, objects in ((truth, scenes.coco.imgToAnns[key]), (below, shown)):
+            axis.imshow(image.expand(3, -1, -1).permute(1, 2, 0))
+            axis.axis("off")
+            for each in objects:
+                left, top, width, height = each["bbox"]
+                colour = f"C{scenes.number[each['category_id']] % 10}"
+                axis.add_patch(plt.Rectangle((left - 0.5, top - 0.5), width, height, fill=False,
+                                             color=colour))
+                axis.contour(scenes.coco.annToMask({**each, "image_id": key}), [0.5],
+                             colors=colour, linewidths=0.8)
+                axis.text(left, top, scenes.coco.cats[each["category_id"]]["name"], fontsize=7,
+                          color="white", backgroundcolor=colour)
+    axes[0, 0].set_title("objects", loc="left")
+    axes[1, 0].set_title(f"found (score {certain} or more)", loc="left")
+    save(figure, path)
+
+
+# -------------------------------------------------------------------------------------- the command
+
+def main(argv=None):
+    if COCO is None:
+        raise UsageError("detection needs pycocotools: pip install pycocotools")
+    config, encoder, info = tuning.start(Config, "detect", __doc__.split("\n")[0], argv)
+    device = choose_device(config.device)
+    if config.data not in ("shapes", "coco"):
+        raise UsageError(f"--data {config.data}: has no boxes; use shapes, or coco for sets in its "
+                         "format")
+    if encoder.img_size[0] != encoder.img_size[1]:
+        raise UsageError(f"--img-size {'x'.join(map(str, encoder.img_size))}: detection takes "
+                         "square ones; images of other shapes are filled up")
+    lone = config.data == "coco" and len(annotation_files(config.data_root)) == 1
+    test = "train" if lone else "test"                     # the split that is judged
+    images, ids, val_ids, test_images = tuning.split_images(config, encoder, test=test)
+    test_ids = val_ids if lone else torch.arange(len(test_images))
+    if len(test_ids) == 0:
+        raise UsageError(f"--val-fraction {config.val_fraction}: holds no image out, and the set "
+                         "has no others to test on; raise it")
+    scenes, test_scenes = Scenes(images, config, "train"), Scenes(test_images, config, test)
+    mean, std = tuning.pixel_statistics(config, images, info)
+    augment = jitter(config, encoder.img_size[0], mean)
+    torch.manual_seed(config.seed)
+    model = detector(encoder, 1 + len(scenes.number), config.width, mean, std).to(device)
+
+    def loss_of(batch):
+        imgs, wanted = [], []
+        for index in batch.tolist():
+            masks, classes = scenes.objects(index)
+            img, masks = augment(tv_tensors.Image(scenes.read(index)), tv_tensors.Mask(masks))
+            imgs.append(img.as_subclass(torch.Tensor).to(device) / 255)
+            wanted.append({name: each.to(device) for name, each in
+                           targets(masks.as_subclass(torch.Tensor), classes).items()})
+        return sum(model(imgs, wanted).values())
+
+    def measure(scenes, ids):
+        found = detections(model, scenes, ids, config.batch_size, device)
+        return found, average_precision(scenes, found, ids)
+
+    def look():
+        return measure(scenes, subset(val_ids, 200))[1] if len(val_ids) else {}
+
+    step = tuning.tune(config, encoder, model, images, ids, (mean, std), loss_of, look, device)
+    found, scores = measure(test_scenes, test_ids)
+    draw(test_scenes, found, test_ids, Path(config.out) / "detections.png")
+    tuning.finish(config, "detect", {
+        "step": step, **scores, "split": "validation" if lone else "test", "validation": look(),
+        "images": len(ids), "test_images": len(test_ids)})
+
+
+if __name__ == "__main__":
+    run_main(main)
