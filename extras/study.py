@@ -20,9 +20,9 @@ Search and evidence are kept apart: runs of the stage `search` are judged on val
 alone, all others on the test split as well. The stage `repeat` is for runs of the evidence that are
 done again on another machine: compare them with one another only.
 
-The stages `finetune` and `segment` train a run of the evidence further, by the program of that name
-in this folder: the run of that set, seed and name, or, with the name `scratch`, the network of
-`pl-mae` with random weights. Flags are those of that program.
+The stages `finetune`, `segment` and `detect` train a run of the evidence further, by the program of
+that name in this folder: the run of that set, seed and name, or, with the name `scratch`, the
+network of `pl-mae` with random weights. Flags are those of that program.
 """
 
 import fcntl
@@ -41,7 +41,7 @@ import torch.nn.functional as F
 
 import eval
 import train
-from extras import finetune, segment
+from extras import detect, finetune, segment
 from utils.command_line import Parser, UsageError, run_main
 from utils.files import append_json, read_json_lines
 
@@ -53,7 +53,7 @@ SETS = {
     "fashion-mnist": "--data fashion-mnist --val-fraction 0.66666",
     "tiny-imagenet-100": FOLDER + "--img-size 64 --patch-size 8",
 }
-FURTHER = {"finetune": finetune, "segment": segment}
+FURTHER = {"finetune": finetune, "segment": segment, "detect": detect}
 YARDSTICKS = ("pixels", "untrained")                   # --network of eval.py that needs no training
 
 
@@ -118,7 +118,7 @@ def train_and_judge(run, data_root, out, precision):
 
 
 def train_further(run, data_root, out, precision):
-    """Fine-tune, or segment with, a run of the evidence -> what its line of results says of it."""
+    """Fine-tune, segment or detect with a run of the evidence -> what its line says of it."""
     start = time.perf_counter()
     scratch = run.name == "scratch"
     name = "pl-mae" if scratch else run.name

@@ -46,6 +46,10 @@ SCORES = {
     "patches, mIoU": ("patches", "miou", None),
     "fine-tuned": ("finetune", "top1", None),
     "segmented, mIoU": ("segment", "miou", None),
+    "boxes, AP": ("detect", "box_ap", None),
+    "boxes, AP at 0.5": ("detect", "box_ap50", None),
+    "masks, AP": ("detect", "mask_ap", None),
+    "masks, AP at 0.5": ("detect", "mask_ap50", None),
 }
 
 # Heading: key of the diagnosis. NMI, or a share of the images; its value by chance has another key.
