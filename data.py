@@ -429,7 +429,7 @@ class Batches:
     masks: int = 1                     # k, of a view
     smallest: float = 0.2              # least area of a crop
     colours: float = 0.0               # how strongly colours are changed
-    teacher_view: str = "same"         # the student's view; or "other-colours", drawn apart
+    teacher_view: str = "other-colours"        # drawn apart; or "same", the student's view
     accumulate: int = 1                # micro-batches of a step
     rank: int = 0                      # number of this process
     world: int = 1                     # how many processes there are

@@ -45,7 +45,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder, self.token = encoder, token
         self.head = nn.Linear(encoder.cls_token.shape[-1], classes)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)              # as in MAE: starts undecided
+        nn.init.normal_(self.head.weight, std=2e-5)                    # as in MAE: starts undecided
         nn.init.zeros_(self.head.bias)
 
     def forward(self, imgs):

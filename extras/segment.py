@@ -5,10 +5,10 @@
 
 Masks are those of `shapes`, or of pairs of folders: DIR/train/NAME.jpg with DIR/trainannot/NAME.png
 and DIR/test/NAME.jpg with DIR/testannot/NAME.png. Writes checkpoint.pt, config.json, metrics.jsonl,
-curves.png and result.json into --out, and ends with a line of JSON: the mean over classes of the
-overlap of painted and true pixels on the test split (mIoU, intersection over union). The same
-command continues a run that was cut off. `eval.py patches` is the same with a frozen encoder and a
-linear layer.
+curves.png, segmentations.png and result.json into --out, and ends with a line of JSON: the mean
+over classes of the overlap of painted and true pixels on the test split (mIoU, intersection over
+union). The same command continues a run that was cut off. `eval.py patches` is the same with a
+frozen encoder and a linear layer.
 
 The head sees the patch tokens of four blocks, evenly spread, as SETR's MLA head does (Zheng et al.
 2021). Two transposed convolutions make their map four times as high and wide; the rest is bilinear
@@ -19,6 +19,7 @@ Letters:  B images, N patches, h w rows and columns of patches, H W height and w
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from features import subset
 from utils.command_line import UsageError, option, run_main
 from utils.devices import choose_device
 from utils.masks import classes_in, masks_of, seen_part
+from utils.pictures import draw_rows, plt
 from utils.probes import overlaps
 
 IGNORED = 255                              # pixels without a class, once a mask is read
@@ -125,6 +127,24 @@ def number_of_classes(images, test_images, config):
     return classes
 
 
+@torch.no_grad()
+def draw(model, images, ids, config, standardise, device, path):
+    """segmentations.png: images, their masks, and what the model paints. White: no class."""
+    model.eval()
+    imgs = read(images, ids)                                                           # b C H W
+    painted = model(standardise(imgs).to(device)).argmax(1).cpu()                      # b H W
+    truth = [shrink(target(mask, images.size, config.void), images.size)
+             for mask in masks_of(images, ids)]
+
+    def coloured(mask):
+        picture = plt.get_cmap("tab20")(mask.numpy() % 20)[..., :3]                    # H W 3
+        picture[mask.numpy() == IGNORED] = 1
+        return picture
+
+    draw_rows({"image": list((imgs.expand(-1, 3, -1, -1) / 255).permute(0, 2, 3, 1).numpy()),
+               "mask": list(map(coloured, truth)), "painted": list(map(coloured, painted))}, path)
+
+
 def main(argv=None):
     config, encoder, info = tuning.start(Config, "segment", __doc__.split("\n")[0], argv)
     device = choose_device(config.device)
@@ -157,7 +177,10 @@ def main(argv=None):
         return {"miou": round(measure(images, subset(val_ids, 500)).nanmean().item(), 4)}
 
     step = tuning.tune(config, encoder, model, images, ids, (mean, std), loss_of, look, device)
-    found = measure(test_images, torch.arange(len(test_images)))
+    everything = torch.arange(len(test_images))
+    found = measure(test_images, everything)
+    draw(model, test_images, subset(everything, 8), config, standardise, device,
+         Path(config.out) / "segmentations.png")
     names = ["ground", *images.classes] if config.data == "shapes" else range(classes)
     tuning.finish(config, "segment", {
         "step": step, "miou": round(found.nanmean().item(), 4),

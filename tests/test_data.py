@@ -168,8 +168,8 @@ def test_each_mask_of_a_view_has_noise_of_its_own():
     assert torch.equal(two.noise[8 + 4 + 1], numbers[1, 1, 1])     # mask 1 of view 1 of image 1
 
 
-def test_the_teacher_sees_the_students_view():
-    views = first(toy(), views=2, colours=1.0)
+def test_the_teacher_sees_the_students_view_if_asked_to():
+    views = first(toy(), views=2, colours=1.0, teacher_view="same")
     assert views.teacher is views.student
 
 

@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import train
 from data import Batches, Images, draw
+from extras import finetune, segment, tuning
+from mae import VisionTransformer
 from pseudo_labels import BALANCING, count_labels
 from utils import devices
 from utils.command_line import UsageError
@@ -68,6 +70,22 @@ def test_no_device_is_mixed_and_no_value_is_read(name, balancing):
 @pytest.mark.parametrize("name", [n for n in all_recipes.VARIANTS if n not in train.RECIPES])
 def test_nor_in_any_other_variant(name):
     step_on_a_played_gpu(*all_recipes.VARIANTS[name])
+
+
+def test_nor_where_it_is_trained_further():
+    """Forward and loss of extras/: classes of images, classes of pixels. (Mask R-CNN reads values,
+    as the number of boxes depends on them.)"""
+    with PlayedGPU(), GPU:
+        imgs = torch.zeros(2, 3, 16, 16)
+        for token in ("class", "mean"):
+            model = finetune.Classifier(VisionTransformer(16, 4, 3, 32, 4, 2), 5, token)
+            tuning.drop_paths(model.encoder, 0.2)
+            scores = model.train()(imgs)
+            assert scores.shape == (2, 5) and scores.device == GPU
+        model = segment.Segmenter(VisionTransformer(16, 4, 3, 32, 4, 2), 5)
+        scores = model(imgs)
+        loss = segment.pixel_loss(scores, torch.zeros(2, 16, 16, dtype=torch.long))
+        assert scores.shape == (2, 5, 16, 16) and loss.device == GPU
 
 
 def test_the_played_gpu_has_teeth(monkeypatch):

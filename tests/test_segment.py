@@ -99,6 +99,7 @@ def test_command(checkpoint, tmp_path):
     result = run("extras.segment", *command, cwd=ROOT)
     found = json.loads(result.stdout)
     assert found == json.loads((out / "result.json").read_text())
+    assert (out / "segmentations.png").exists()
     assert found["miou"] > 0.7 and set(found["iou"]) == {"0", "1"} and found["test_images"] == 4
 
 
