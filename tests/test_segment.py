@@ -134,3 +134,34 @@ def test_bad_input_is_one_line(checkpoint, streets, photos, tmp_path, given, say
         segment.main(flags(checkpoint, tmp_path / "run", *given))
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_head_sees_these_blocks():
+    """Written out: the patch tokens after every second of eight blocks."""
+    encoder = MaskedAutoencoder(**dict(TOY, depth=8), target_dim=0).encoder
+    model, imgs = segment.Segmenter(encoder, 3), torch.rand(2, 3, 16, 16)
+    assert model.taken == [2, 4, 6, 8]
+    tokens = encoder.patch_embed(imgs) + encoder.pos_embed[:, 1:]
+    cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(2, -1, -1)
+    x, maps = torch.cat([cls, tokens], 1), []
+    for number, block in enumerate(encoder.blocks, 1):
+        x = block(x)
+        if number % 2 == 0:
+            maps.append(model.norms[number // 2 - 1](x[:, 1:]).mT.reshape(2, 32, 4, 4))
+    scores = torch.nn.functional.interpolate(model.head(torch.cat(maps, 1)), (16, 16),
+                                             mode="bilinear")
+    torch.testing.assert_close(model(imgs), scores)
+
+
+def test_nothing_is_dropped_while_it_is_judged(checkpoint, streets):
+    """Twice the same counts, and the model learns on afterwards."""
+    config, encoder, info = segment.tuning.start(
+        segment.Config, "segment", "", flags(checkpoint, "nowhere"))
+    segment.tuning.drop_paths(encoder, 0.9)
+    model = segment.Segmenter(encoder, 2).train()
+    images, ids, _, _ = segment.tuning.split_images(config, encoder)
+    one, two = (segment.evaluate_on(model, images, ids, 2, config,
+                                    segment.tuning.standardise(info["mean"], info["std"]),
+                                    torch.device("cpu")) for _ in range(2))
+    assert torch.equal(one, two) and model.training
+    assert one.sum() < len(ids) * 24 * 32                  # void pixels do not count

@@ -269,3 +269,12 @@ def test_images_with_other_classes_are_refused(checkpoint, tmp_path, monkeypatch
     monkeypatch.setattr(tuning, "load_images", more)
     with pytest.raises(UsageError, match="other classes"):
         finetune.main(flags(checkpoint, out, "--epochs", "1"))
+
+
+def test_pixels_are_standardised_as_the_weights_are_used_to(checkpoint, photos):
+    images = tuning.load_images("imagefolder", photos, "test", 16)
+    info = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    config = tuning.Config(checkpoint="there")
+    assert tuning.pixel_statistics(config, images, info) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    config.from_scratch = True
+    assert tuning.pixel_statistics(config, images, info) == tuning.mean_std(images)
