@@ -22,7 +22,8 @@ done again on another machine: compare them with one another only.
 
 The stages `finetune`, `segment` and `detect` train a run of the evidence further, by the program of
 that name in this folder: the run of that set, seed and name, or, with the name `scratch`, the
-network of `pl-mae` with random weights. Flags are those of that program.
+network of `pl-mae` with random weights. What stands behind a comma is no part of the name. Flags
+are those of that program.
 """
 
 import fcntl
@@ -120,8 +121,10 @@ def train_and_judge(run, data_root, out, precision):
 def train_further(run, data_root, out, precision):
     """Fine-tune, segment or detect with a run of the evidence -> what its line says of it."""
     start = time.perf_counter()
-    scratch = run.name == "scratch"
-    name = "pl-mae" if scratch else run.name
+    name = run.name.split(",")[0]
+    scratch = name == "scratch"
+    if scratch:
+        name = "pl-mae"
     folder = out.parent / f"evidence-{run.data}-{name}-{run.seed}"
     root = data_root if run.data == "shapes" else f"{data_root}/{run.data}"
     FURTHER[run.stage].main([
