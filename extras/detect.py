@@ -129,13 +129,18 @@ def encode(mask):
 
 def check_annotations(coco, path):
     """Raises UsageError where objects lack what detection needs."""
-    for rows, keys in ((coco.dataset["annotations"], ("bbox", "segmentation", "area", "iscrowd")),
-                       (coco.dataset["images"], ("height", "width"))):
+    for rows, keys in ((coco.dataset["images"], ("height", "width")),
+                       (coco.dataset["annotations"], ("bbox", "segmentation", "area", "iscrowd"))):
         for row in rows:
-            lacking = [key for key in keys if key not in row]
+            lacking = [key for key in keys if row.get(key) in (None, [])]
             if lacking:
-                raise UsageError(f"--data-root: {path} lacks {lacking[0]} of number {row['id']}; "
+                raise UsageError(f"--data-root: {path} has no {lacking[0]} for number {row['id']}; "
                                  f"detection needs {', '.join(keys)}")
+    for row in coco.dataset["annotations"]:
+        image, mask = coco.imgs[row["image_id"]], row["segmentation"]
+        if isinstance(mask, dict) and mask["size"] != [image["height"], image["width"]]:
+            raise UsageError(f"--data-root: {path}: the mask of number {row['id']} has another "
+                             "size than its image; make them alike")
 
 
 def targets(masks, classes):

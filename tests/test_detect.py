@@ -256,9 +256,11 @@ def test_one_file_of_annotations(checkpoint, bricks, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda content: content["annotations"][0].pop("segmentation"), "lacks segmentation of number"),
-    (lambda content: content["images"][0].pop("height"), "lacks height of number 100"),
-    (lambda content: content["images"][0].update(height=25), "36 x 24 pixels, its annotations"),
+    (lambda content: content["annotations"][0].pop("segmentation"), "no segmentation for number"),
+    (lambda content: content["annotations"][0].update(segmentation=[]), "no segmentation for"),
+    (lambda content: content["annotations"][1]["segmentation"].update(size=[3, 4]), "another size"),
+    (lambda content: content["images"][0].pop("height"), "no height for number 100"),
+    (lambda content: content["images"][1].update(height=25), "36 x 24 pixels, its annotations"),
     (lambda content: content["annotations"][0].update(category_id=9), "KeyError: 9")])
 def test_bad_annotations_are_one_line(checkpoint, bricks, tmp_path, change, says):
     shutil.copytree(bricks, tmp_path / "bad")
