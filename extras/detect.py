@@ -272,7 +272,7 @@ def draw(scenes, found, ids, path, most=8, certain=0.5):
                 axis.contour(scenes.coco.annToMask({**each, "image_id": key}), [0.5],
                              colors=colour, linewidths=0.8)
                 axis.text(left, top, scenes.coco.cats[each["category_id"]]["name"], fontsize=7,
-                          color="white", backgroundcolor=colour)
+                          color="white", bbox=dict(color=colour, pad=1))
     axes[0, 0].set_title("objects", loc="left")
     axes[1, 0].set_title(f"found (score {certain} or more)", loc="left")
     save(figure, path)

@@ -215,7 +215,7 @@ def test_an_image_without_objects_can_be_learned():
 def test_command(checkpoint, tmp_path):
     """It learns to find the bricks, writes its files, and ends with its line."""
     out = tmp_path / "run"
-    command = flags(checkpoint, out, "--epochs", "60", "--eval-every", "30", "--log-every", "60",
+    command = flags(checkpoint, out, "--epochs", "30", "--eval-every", "15", "--log-every", "60",
                     "--img-size", "32", "--val-fraction", "0", "--width", "16", "--drop-path", "0",
                     "--crop", "0.8", "--lr", "3e-3")
     result = run("extras.detect", *command, cwd=ROOT)

@@ -145,7 +145,7 @@ def test_rc_maes_teacher_sees_the_students_mask():
 
 
 @pytest.mark.parametrize("name", [
-    name if name in ("pl-mae", "rc-mae", "me-max") else pytest.param(name, marks=pytest.mark.slow)
+    name if name in ("pl-mae", "rc-mae") else pytest.param(name, marks=pytest.mark.slow)
     for name in VARIANTS])
 def test_one_batch_is_overfitted(name):
     """Every term comes near the least it can be: 0 for reconstructions, the entropy of the labels
