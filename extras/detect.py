@@ -1,5 +1,4 @@
-"""Train an encoder to detect objects, all of it, end to end: for each object a class, a box and the
-mask of its pixels.
+"""Train an encoder to detect objects: class, box and mask of each. All of it, end to end.
 
     pip install pycocotools
     python -m extras.detect --checkpoint runs/pl-mae-shapes-micro/checkpoint.pt
@@ -15,11 +14,15 @@ The detector is torchvision's Mask R-CNN (He et al. 2017). It wants maps of seve
 a plain ViT has one: a simple feature pyramid makes four of it (ViTDet, Li et al. 2022). Images keep
 their shape: the longer side becomes that of the network, and the rest is filled up.
 
+Where a set has one file of annotations, and no labels, pretraining on it has seen the images held
+out as well, though not their objects.
+
 Letters:  B images, h w rows and columns of patches, H W height and width of an image, D width of
           the encoder, n objects of an image.
 """
 
 import io
+import json
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +36,7 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
@@ -66,19 +70,21 @@ class Scenes:
     whose images come in the same order."""
 
     def __init__(self, images, config, split):
-        self.images = images
+        self.images, self.coco = images, COCO()
+        self.coco.dataset = shapes_as_coco(images) if config.data == "shapes" else read_objects(
+            annotations_file(config.data_root, split))
+        # From 1 on: pycocotools takes an object of number 0 for none.
+        for number, each in enumerate(self.coco.dataset["annotations"], 1):
+            each["id"] = number
         with redirect_stdout(io.StringIO()):               # pycocotools prints
-            if config.data == "coco":
-                path = annotations_file(config.data_root, split)
-                self.coco = COCO(path)
-                check_annotations(self.coco, path)
-            else:
-                self.coco = COCO()
-                self.coco.dataset = shapes_as_coco(images)
-                self.coco.createIndex()
+            self.coco.createIndex()
         self.keys = [each["id"] for each in self.coco.dataset["images"]]
         # Number 0 is the ground; COCO's own numbers have gaps.
         self.number = {key: 1 + i for i, key in enumerate(sorted(self.coco.cats))}
+
+    def categories(self):
+        """{number in the file: name}"""
+        return {key: each["name"] for key, each in self.coco.cats.items()}
 
     def read(self, index):
         """C H W uint8."""
@@ -112,9 +118,9 @@ def shapes_as_coco(images):
             if kind >= 0:
                 mask = owners == number                    # H W
                 annotations.append({
-                    "id": len(annotations) + 1, "image_id": index, "category_id": kind,
+                    "image_id": index, "category_id": kind, "segmentation": encode(mask),
                     "bbox": [left, top, right - left, bottom - top], "area": int(mask.sum()),
-                    "segmentation": encode(mask), "iscrowd": 0})
+                    "iscrowd": 0})
     height, width = images.targets["owners"].shape[1:]
     return {"images": [{"id": index, "height": height, "width": width}
                        for index in range(len(images))],
@@ -127,20 +133,35 @@ def encode(mask):
     return run_lengths.encode(np.asfortranarray(mask.astype(np.uint8)))
 
 
-def check_annotations(coco, path):
-    """Raises UsageError where objects lack what detection needs."""
-    for rows, keys in ((coco.dataset["images"], ("height", "width")),
-                       (coco.dataset["annotations"], ("bbox", "segmentation", "area", "iscrowd"))):
-        for row in rows:
-            lacking = [key for key in keys if row.get(key) in (None, [])]
-            if lacking:
-                raise UsageError(f"--data-root: {path} has no {lacking[0]} for number {row['id']}; "
-                                 f"detection needs {', '.join(keys)}")
-    for row in coco.dataset["annotations"]:
-        image, mask = coco.imgs[row["image_id"]], row["segmentation"]
-        if isinstance(mask, dict) and mask["size"] != [image["height"], image["width"]]:
-            raise UsageError(f"--data-root: {path}: the mask of number {row['id']} has another "
-                             "size than its image; make them alike")
+def read_objects(path):
+    """A file of annotations. Raises UsageError where objects lack what detection needs."""
+    content = json.loads(path.read_text())                 # read_coco has found it in order
+    images = {each["id"]: each for each in content["images"]}
+    for each in images.values():
+        if not {"height", "width"} <= each.keys():
+            raise UsageError(f"--data-root: {path} has no height and width of the image "
+                             f"{each['file_name']}; add them")
+    for number, each in enumerate(content["annotations"], 1):
+        image = images[each["image_id"]]
+        wrong = what_is_wrong(each, [image["height"], image["width"]])
+        if wrong:
+            raise UsageError(f"--data-root: {path}, object {number} (of {image['file_name']}): "
+                             f"{wrong}; mend or remove it")
+    return content
+
+
+def what_is_wrong(annotation, size):
+    """A few words, or None. size: [height, width] of the image."""
+    mask = annotation.get("segmentation")
+    if len(annotation.get("bbox", [])) != 4 or not {"area", "iscrowd"} <= annotation.keys():
+        return "detection needs bbox (four numbers), segmentation, area and iscrowd"
+    if isinstance(mask, dict):                             # lengths of runs of equal pixels
+        runs = mask.get("counts")
+        if mask.get("size") != size or isinstance(runs, list) and sum(runs) != size[0] * size[1]:
+            return f"the mask is not of the {size[1]} x {size[0]} pixels of its image"
+    elif not mask or any(len(corners) < 6 or len(corners) % 2 for corners in mask):
+        return "the segmentation is no list of polygons of three corners or more"
+    return None
 
 
 def targets(masks, classes):
@@ -189,7 +210,17 @@ class Pyramid(nn.Module):
     def forward(self, imgs):
         tokens = self.encoder(imgs)[:, 1:]                                             # B N D
         patches = tokens.mT.unflatten(2, self.encoder.grid)                            # B D h w
-        return {str(i): level(patches) for i, level in enumerate(self.levels)}
+        return {str(i): level(patches).float() for i, level in enumerate(self.levels)}
+
+
+class Fit(GeneralizedRCNNTransform):
+    """Resizes an image so that its longer side is that of the network. torchvision's own shrinks
+    without a filter: images with edges such as training never shows."""
+
+    def resize(self, image, target=None):
+        scale = self.max_size / max(image.shape[1:])
+        size = [max(1, round(scale * length)) for length in image.shape[1:]]
+        return TF.resize(image, size, antialias=True), target          # training crops have it
 
 
 def detector(encoder, classes, width, mean, std):
@@ -198,10 +229,9 @@ def detector(encoder, classes, width, mean, std):
 
     Numbers of proposals and widths of heads are smaller than torchvision's, for small images."""
     side, patch = encoder.img_size[0], encoder.patch_size[0]
-    strides = [patch / 4, patch / 2, patch, 2 * patch]     # of the four maps, in pixels
-    return MaskRCNN(
-        Pyramid(encoder, width), min_size=side, max_size=side, size_divisible=side,
-        image_mean=mean, image_std=std,
+    strides = [patch // 4, patch // 2, patch, 2 * patch]   # of the four maps, in pixels
+    model = MaskRCNN(
+        Pyramid(encoder, width),
         rpn_anchor_generator=AnchorGenerator(
             sizes=tuple((4 * stride,) for stride in strides), aspect_ratios=((0.5, 1, 2),) * 4),
         rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=100, rpn_pre_nms_top_n_test=200,
@@ -210,6 +240,23 @@ def detector(encoder, classes, width, mean, std):
         box_predictor=FastRCNNPredictor(4 * width, classes),
         mask_head=MaskRCNNHeads(width, (width,) * 2, 1),
         mask_predictor=MaskRCNNPredictor(width, width, classes))
+    model.transform = Fit(side, side, mean, std, size_divisible=side)
+    return model
+
+
+def check_geometry(encoder):
+    """Raises UsageError where torchvision would place anchors wrongly: it takes the four maps to be
+    a whole number of pixels apart, a power of two, the same in height and width."""
+    (H, W), (ph, pw), (rows, _) = encoder.img_size, encoder.patch_size, encoder.grid
+    if H != W:
+        raise UsageError(f"--img-size {H}x{W}: detection takes square ones; images of other shapes "
+                         "are filled up")
+    if ph != pw or ph < 4 or ph & (ph - 1):
+        raise UsageError(f"--checkpoint: detection takes square patches of 4, 8, 16, ... pixels; "
+                         f"these have {ph} x {pw}; start from another one")
+    if rows % 2:
+        raise UsageError(f"--img-size {H}: must hold an even number of patches of {ph} pixels; use "
+                         f"{H + ph}")
 
 
 # --------------------------------------------------------------------------------------- the scores
@@ -288,21 +335,26 @@ def main(argv=None):
     if config.data not in ("shapes", "coco"):
         raise UsageError(f"--data {config.data}: has no boxes; use shapes, or coco for sets in its "
                          "format")
-    if encoder.img_size[0] != encoder.img_size[1]:
-        raise UsageError(f"--img-size {'x'.join(map(str, encoder.img_size))}: detection takes "
-                         "square ones; images of other shapes are filled up")
+    check_geometry(encoder)
     lone = config.data == "coco" and len(annotation_files(config.data_root)) == 1
     test = "train" if lone else "test"                     # the split that is judged
-    images, ids, val_ids, test_images = tuning.split_images(config, encoder, test=test)
+    images, ids, val_ids, test_images = tuning.split_images(config, encoder, test=test,
+                                                            resident_gb=0)
     test_ids = val_ids if lone else torch.arange(len(test_images))
     if len(test_ids) == 0:
         raise UsageError(f"--val-fraction {config.val_fraction}: holds no image out, and the set "
                          "has no others to test on; raise it")
-    scenes, test_scenes = Scenes(images, config, "train"), Scenes(test_images, config, test)
+    scenes = Scenes(images, config, "train")
+    test_scenes = scenes if lone else Scenes(test_images, config, test)
+    if scenes.categories() != test_scenes.categories():
+        raise UsageError(f"--data-root {config.data_root}: the files of annotations of the two "
+                         "splits have other categories; make their numbers and names alike")
     mean, std = tuning.pixel_statistics(config, images, info)
     augment = jitter(config, encoder.img_size[0], mean)
     torch.manual_seed(config.seed)
     model = detector(encoder, 1 + len(scenes.number), config.width, mean, std).to(device)
+    for part in (model.rpn, model.roi_heads):              # bf16 would round places to whole pixels
+        part.forward = torch.autocast(device.type, enabled=False)(part.forward)
 
     def loss_of(batch):
         imgs, wanted = [], []
@@ -319,7 +371,8 @@ def main(argv=None):
         return found, average_precision(scenes, found, ids)
 
     def look():
-        return measure(scenes, subset(val_ids, 200))[1] if len(val_ids) else {}
+        scores = measure(scenes, subset(val_ids, 200))[1] if len(val_ids) else {}
+        return {name: each for name, each in scores.items() if each is not None}
 
     step = tuning.tune(config, encoder, model, images, ids, (mean, std), loss_of, look, device)
     found, scores = measure(test_scenes, test_ids)

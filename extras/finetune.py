@@ -78,9 +78,6 @@ def main(argv=None):
     device = choose_device(config.device)
     images, ids, val_ids, test_images = tuning.split_images(config, encoder, labelled=True)
     classes = len(images.classes)
-    if classes < 2 or len(ids) == 0:
-        raise UsageError(f"--data-root {config.data_root}: has no classes to learn; put images "
-                         "into train/CLASS/* and test/CLASS/*")
     if images.classes != test_images.classes:
         name = sorted({*images.classes} ^ {*test_images.classes})[0]
         raise UsageError(f"--data-root {config.data_root}: {name} is a class of one split alone; "

@@ -10,6 +10,8 @@ over classes of the overlap of painted and true pixels on the test split (mIoU, 
 union). The same command continues a run that was cut off. `eval.py patches` is the same with a
 frozen encoder and a linear layer.
 
+Classes that the true masks lack are left out of the mean, also where they were painted.
+
 The head sees the patch tokens of four blocks, evenly spread, as SETR's MLA head does (Zheng et al.
 2021). Two transposed convolutions make their map four times as high and wide; the rest is bilinear
 interpolation. Its width is not tuned.
@@ -112,9 +114,19 @@ def evaluate_on(model, images, ids, classes, config, standardise, device):
     return counts
 
 
+def mean_of(ious):
+    """{"miou": the mean over the classes that are there}; {} if none is."""
+    return {} if ious.isnan().all() else {"miou": round(ious.nanmean().item(), 4)}
+
+
+def masks_one_by_one(images):
+    for index in range(len(images)):                       # all of them may be too large
+        yield from masks_of(images, [index])
+
+
 def number_of_classes(images, test_images, config):
     """1 + the highest number in the masks of both splits. Raises UsageError where it is none."""
-    classes = max(classes_in(masks_of(each, range(len(each))), config.void)
+    classes = max(classes_in(masks_one_by_one(each), config.void)
                   for each in (images, test_images))
     if classes > IGNORED:
         raise UsageError(f"--void {config.void}: the masks hold the number {IGNORED}, which can "
@@ -151,7 +163,7 @@ def main(argv=None):
     images, ids, val_ids, test_images = tuning.split_images(config, encoder)
     classes = number_of_classes(images, test_images, config)
     masks = [shrink(target(mask, images.size, config.void), images.size)
-             for mask in masks_of(images, range(len(images)))]         # kept in memory, uint8
+             for mask in masks_one_by_one(images)]                     # kept in memory, uint8
     if all((mask == IGNORED).all() for mask in masks):
         raise UsageError(f"--void {config.void}: no pixel of the training masks has a class")
     mean, std = tuning.pixel_statistics(config, images, info)
@@ -174,7 +186,7 @@ def main(argv=None):
     def look():
         if len(val_ids) == 0:
             return {}
-        return {"miou": round(measure(images, subset(val_ids, 500)).nanmean().item(), 4)}
+        return mean_of(measure(images, subset(val_ids, 500)))
 
     step = tuning.tune(config, encoder, model, images, ids, (mean, std), loss_of, look, device)
     everything = torch.arange(len(test_images))
@@ -183,7 +195,7 @@ def main(argv=None):
          Path(config.out) / "segmentations.png")
     names = ["ground", *images.classes] if config.data == "shapes" else range(classes)
     tuning.finish(config, "segment", {
-        "step": step, "miou": round(found.nanmean().item(), 4),
+        "step": step, **mean_of(found),
         "iou": {str(name): None if each.isnan() else round(each.item(), 4)
                 for name, each in zip(names, found)},
         "validation": look(), "images": len(ids), "test_images": len(test_images)})

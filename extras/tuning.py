@@ -114,7 +114,8 @@ def start(Config, task, description, argv):
     same = config.data == run.get("data")
     if config.data_root is None:
         config.data_root = run["data_root"] if same else "data"
-    if same and "val_fraction" not in given:               # the images that the run held out too
+    # Of labelled sets the very images that the run held out too.
+    if same and "val_fraction" not in given:
         config.val_fraction = run["val_fraction"]
     if config.out is None:
         name = Path(config.checkpoint).resolve().parent.name if config.checkpoint else config.data
@@ -186,13 +187,20 @@ def parameter_groups(encoder, model, config):
 
 # ------------------------------------------------------------------------------------------ images
 
-def split_images(config, encoder, labelled=False, test="test"):
+def split_images(config, encoder, labelled=False, test="test", resident_gb=4.0):
     """Images of the training split, ids to train on, ids held out, images of the split `test`.
 
     labelled: only images with a label serve. Raises UsageError where they are too few."""
+    no_classes = UsageError(f"--data {config.data}, --data-root {config.data_root}: images have no "
+                            "class to learn; put them into train/CLASS/* and test/CLASS/*")
+    if labelled and config.data == "coco":
+        raise no_classes
     train_images, test_images = (
-        load_images(config.data, config.data_root, split, config.img_size, encoder.in_chans)
+        load_images(config.data, config.data_root, split, config.img_size, encoder.in_chans,
+                    resident_gb)
         for split in ("train", test))
+    if labelled and len(train_images.classes) < 2:
+        raise no_classes
     if labelled:
         ids, val_ids = held_out(train_images, config.val_fraction)
         ids = ids[train_images.labels[ids] >= 0]
@@ -241,7 +249,8 @@ def tune(config, encoder, model, images, ids, statistics, loss_of, look, device)
     total = config.epochs * per_epoch
     drop_paths(encoder, config.drop_path)
     optimizer = torch.optim.AdamW(parameter_groups(encoder, model, config), betas=(0.9, 0.999))
-    begin = resume(config, model, optimizer, images)
+    mean = mean_std(images)[0]                             # tells these images from others
+    begin = resume(config, model, optimizer, mean, len(images))
     say(describe(config))
     in_all, in_encoder = (sum(p.numel() for p in module.parameters()) / 1e6
                           for module in (model, encoder))
@@ -258,14 +267,13 @@ def tune(config, encoder, model, images, ids, statistics, loss_of, look, device)
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * learning_rate(step, total, config)
         torch.manual_seed(generator(config.seed, "step", step).initial_seed())
-        with memory_errors_in_one_line(device, f"--batch-size {config.batch_size}",
-                                       "use a smaller one, or a smaller --img-size"):
+        with memory_errors(config, device):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = loss_of(order[place * config.batch_size:(place + 1) * config.batch_size])
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.detach())
 
         done = step + 1
@@ -282,26 +290,30 @@ def tune(config, encoder, model, images, ids, statistics, loss_of, look, device)
                     "try a lower --lr, with another --out")
                 sys.exit(1)
             if pause:
-                record |= look()
+                with memory_errors(config, device):
+                    record |= look()
             append_json(out / "metrics.jsonl", record)
             say("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
             if pause:
                 save_checkpoint(out / "checkpoint.pt", dict(
                     tuned=model.state_dict(), optimizer=optimizer.state_dict(), step=done,
-                    config=dataclasses.asdict(config), mean=mean_std(images)[0],
-                    images=len(images),
+                    config=dataclasses.asdict(config), mean=mean, images=len(images),
                     encoder=exported(encoder, *statistics)))           # for load_encoder
                 draw_curves(out)
             losses, since = [], time.perf_counter()
     return total
 
 
-def resume(config, model, optimizer, images):
+def memory_errors(config, device):
+    return memory_errors_in_one_line(device, f"--batch-size {config.batch_size}",
+                                     "use a smaller one, or a smaller --img-size")
+
+
+def resume(config, model, optimizer, mean, number):
     """Load the checkpoint of a run that was cut off -> its step, 0 if there is none; make the
-    folder."""
+    folder. mean, number: of the images."""
     out, settings, begin = Path(config.out), dataclasses.asdict(config), 0
-    mean = mean_std(images)[0]                             # tells these images from others
-    saved = continue_from(out / "checkpoint.pt", settings, FREE, mean, len(images), "tuned")
+    saved = continue_from(out / "checkpoint.pt", settings, FREE, mean, number, "tuned")
     if saved:
         begin = saved["step"]
         try:

@@ -13,7 +13,7 @@ pytest.importorskip("pycocotools")
 
 import train
 from extras import detect, tuning
-from mae import MaskedAutoencoder
+from mae import MaskedAutoencoder, VisionTransformer
 from utils.command_line import UsageError
 
 SMALL = ["--batch-size", "4", "--epochs", "2", "--eval-every", "1", "--log-every", "1", "--device",
@@ -42,8 +42,8 @@ def bricks(tmp_path_factory):
                 annotations.append(annotation(key, 3, 0, 0, 36, 4, iscrowd=1))
                 annotations.append(annotation(key, 3, 5.1, 5.1, 0.2, 0.2))
             Image.fromarray(picture.astype(np.uint8)).save(root / split / f"{i}.png")
-        for number, each in enumerate(annotations):
-            each["id"] = number + 1
+        for number, each in enumerate(annotations):        # from 0, as home-made files do
+            each["id"] = number
         content = {"images": images, "annotations": annotations, "categories": [
             {"id": 7, "name": "red"}, {"id": 3, "name": "blue"}]}
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
@@ -144,7 +144,7 @@ def test_average_precision_by_hand(bricks):
     perfectly = detect.average_precision(scenes, perfect(scenes, ids), ids)
     assert perfectly == {"box_ap": 1, "box_ap50": 1, "mask_ap": 1, "mask_ap50": 1}
     moved = detect.average_precision(scenes, perfect(scenes, ids, moved=2), ids)
-    assert moved["box_ap"] == 0.5 and moved["box_ap50"] == 1
+    assert moved == {"box_ap": 0.5, "box_ap50": 1, "mask_ap": 0.5, "mask_ap50": 1}
     assert detect.average_precision(scenes, [], ids) == dict.fromkeys(perfectly, 0)
     nothing = detect.average_precision(scenes, [], torch.tensor([11]))
     assert nothing == dict.fromkeys(perfectly)             # no object: None
@@ -203,6 +203,85 @@ def test_pyramid_and_detector():
     assert torch.allclose(imgs[0, :, :16], torch.tensor(1.0)) and (imgs[0, :, 16:] == 0).all()
 
 
+def test_anchors_and_regions_lie_where_the_maps_are():
+    """Of 16 x 16 patches of 8: maps that are 2, 4, 8, 16 pixels apart."""
+    encoder = VisionTransformer(128, 8, 3, 32, 2, 2)
+    model, seen = detect.detector(encoder, 3, 8, [0.5] * 3, [0.2] * 3), []
+    model.rpn.anchor_generator.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    model.eval()([torch.rand(3, 128, 128)])
+    assert model.roi_heads.box_roi_pool.scales == [1 / 2, 1 / 4, 1 / 8, 1 / 16]
+    boxes = seen[0][0]
+    count = 0
+    for stride in (2, 4, 8, 16):
+        n = 3 * (128 // stride) ** 2
+        middles, areas = (boxes[count:count + n, :2] + boxes[count:count + n, 2:]) / 2, torch.prod(
+            boxes[count:count + n, 2:] - boxes[count:count + n, :2], 1)
+        count += n
+        assert (middles.amin(), middles.amax()) == (0, 128 - stride)
+        assert (areas.sqrt() / (4 * stride) - 1).abs().max() < 0.2     # sides are rounded
+    assert count == len(boxes)
+
+
+@pytest.mark.parametrize("img_size, patch_size", [(56, 14), (16, 2), ((32, 32), (4, 8)), (16, 16)])
+def test_patches_that_do_not_fit_are_refused(img_size, patch_size):
+    encoder = MaskedAutoencoder(**dict(TOY, img_size=img_size, patch_size=patch_size),
+                                target_dim=0).encoder
+    with pytest.raises(UsageError, match="detection takes square patches|even number of patches"):
+        detect.check_geometry(encoder)
+
+
+def test_large_images_are_shrunk_with_a_filter_as_in_training(bricks):
+    """Stripes of one pixel become grey, in training and in judging."""
+    stripes = torch.zeros(3, 160, 240)
+    stripes[:, :, ::2] = 1
+    encoder = MaskedAutoencoder(**dict(TOY, img_size=(32, 32)), target_dim=0).encoder
+    model, seen = detect.detector(encoder, 3, 8, [0.0] * 3, [1.0] * 3), []
+    encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    found = model.eval()([stripes, torch.rand(3, 2, 200)])
+    assert [tuple(each["masks"].shape[2:]) for each in found] == [(160, 240), (2, 200)]
+    assert (seen[0][0, :, :21, 1:-1] - 0.5).abs().max() < 0.1
+    img, _ = detect.jitter(tuning.Config(crop=1.0), 32, [0.0] * 3)(
+        detect.tv_tensors.Image((stripes * 255).to(torch.uint8)),
+        detect.tv_tensors.Mask(torch.zeros(0, 160, 240, dtype=torch.uint8)))
+    rows = img.amax((0, 2)) > 0
+    assert ((img[:, rows, 1:-1].float() / 255 - 0.5).abs() < 0.1).all()
+
+
+def test_places_are_not_rounded_in_bf16(checkpoint, tmp_path, monkeypatch):
+    seen, real = [], detect.MaskRCNN.forward
+
+    def forward(model, imgs, wanted=None):
+        hook = model.rpn.register_forward_hook(lambda module, inputs, out: seen.append(
+            (torch.is_autocast_enabled("cpu"), out[0][0].dtype)))
+        losses = real(model, imgs, wanted)
+        hook.remove()
+        return losses
+
+    monkeypatch.setattr(detect.MaskRCNN, "forward", forward)
+    detect.main(flags(checkpoint, tmp_path / "run", "--precision", "bf16", "--epochs", "1"))
+    assert (True, torch.float32) in seen and {dtype for _, dtype in seen} == {torch.float32}
+
+
+def test_categories_of_the_splits_must_be_alike(checkpoint, bricks, tmp_path):
+    shutil.copytree(bricks, tmp_path / "other")
+    path = tmp_path / "other/annotations/instances_val2017.json"
+    path.write_text(path.read_text().replace('"red"', '"green"'))
+    with pytest.raises(UsageError, match="other categories"):
+        detect.main(flags(checkpoint, tmp_path / "run", "--data-root", str(tmp_path / "other")))
+
+
+def test_images_held_out_may_have_no_object(checkpoint, bricks, tmp_path, capsys):
+    """Then there is nothing to score: null, and the run goes on."""
+    shutil.copytree(bricks, tmp_path / "empty")
+    path = tmp_path / "empty/annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = [each for each in content["annotations"] if each["image_id"] > 95]
+    path.write_text(json.dumps(content))
+    detect.main(flags(checkpoint, tmp_path / "run", "--data-root", str(tmp_path / "empty"),
+                      "--val-fraction", "0.1", "--epochs", "1"))
+    assert json.loads(capsys.readouterr().out)["validation"] == {}
+
+
 def test_an_image_without_objects_can_be_learned():
     encoder = MaskedAutoencoder(**dict(TOY, img_size=(32, 32)), target_dim=0).encoder
     model = detect.detector(encoder, 3, 8, [0.5] * 3, [0.2] * 3)
@@ -256,10 +335,14 @@ def test_one_file_of_annotations(checkpoint, bricks, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda content: content["annotations"][0].pop("segmentation"), "no segmentation for number"),
-    (lambda content: content["annotations"][0].update(segmentation=[]), "no segmentation for"),
-    (lambda content: content["annotations"][1]["segmentation"].update(size=[3, 4]), "another size"),
-    (lambda content: content["images"][0].pop("height"), "no height for number 100"),
+    (lambda content: content["annotations"][0].pop("segmentation"), "object 1 (of 0.png): the seg"),
+    (lambda content: content["annotations"][0].update(segmentation=[]), "no list of polygons"),
+    (lambda content: content["annotations"][0].update(segmentation=[[1, 1, 2, 2]]), "no list of"),
+    (lambda content: content["annotations"][0].update(bbox=[1, 1, 2]), "needs bbox (four numbers)"),
+    (lambda content: content["annotations"][1]["segmentation"].update(size=[3, 4]), "36 x 24"),
+    (lambda content: content["annotations"][1]["segmentation"]["counts"].pop(), "36 x 24 pixels"),
+    (lambda content: content["images"][0].pop("height"), "no height and width of the image 0.png"),
+    (lambda content: content["images"][1].update(id=100), "two images have one id"),
     (lambda content: content["images"][1].update(height=25), "36 x 24 pixels, its annotations"),
     (lambda content: content["annotations"][0].update(category_id=9), "KeyError: 9")])
 def test_bad_annotations_are_one_line(checkpoint, bricks, tmp_path, change, says):
@@ -276,6 +359,7 @@ def test_bad_annotations_are_one_line(checkpoint, bricks, tmp_path, change, says
 @pytest.mark.parametrize("given, says", [
     (["--data", "imagefolder", "--data-root", "PHOTOS"], "--data imagefolder: has no boxes"),
     (["--img-size", "16x24"], "--img-size 16x24: detection takes square ones"),
+    (["--img-size", "20"], "--img-size 20: must hold an even number of patches"),
     (["--batch-size", "50"], "--batch-size 50: there are"),
     (["--data-root", "nowhere"], "holds no annotations")])
 def test_bad_input_is_one_line(checkpoint, photos, tmp_path, given, says):

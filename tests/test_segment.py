@@ -165,3 +165,14 @@ def test_nothing_is_dropped_while_it_is_judged(checkpoint, streets):
                                     torch.device("cpu")) for _ in range(2))
     assert torch.equal(one, two) and model.training
     assert one.sum() < len(ids) * 24 * 32                  # void pixels do not count
+
+
+def test_a_split_without_classes_has_no_score(checkpoint, streets, tmp_path, capsys):
+    """All void: the line is still JSON."""
+    shutil.copytree(streets, tmp_path / "void")
+    for path in tmp_path.glob("void/testannot/*"):
+        Image.fromarray(np.full((24, 32), 11, np.uint8)).save(path)
+    segment.main(flags(checkpoint, tmp_path / "run", "--data-root", str(tmp_path / "void"),
+                       "--epochs", "1"))
+    found = json.loads(capsys.readouterr().out)
+    assert "miou" not in found and set(found["iou"].values()) == {None}

@@ -278,3 +278,14 @@ def test_pixels_are_standardised_as_the_weights_are_used_to(checkpoint, photos):
     assert tuning.pixel_statistics(config, images, info) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     config.from_scratch = True
     assert tuning.pixel_statistics(config, images, info) == tuning.mean_std(images)
+
+
+def test_images_without_classes_are_refused(checkpoint, photos, tmp_path):
+    """A folder of images alone has nothing to learn."""
+    for split in ("train", "test"):
+        (tmp_path / "plain" / split).mkdir(parents=True)
+        for path in (photos / split / "red").glob("*"):
+            (tmp_path / "plain" / split / path.name).write_bytes(path.read_bytes())
+    for given in (["--data-root", str(tmp_path / "plain")], ["--data", "coco"]):
+        with pytest.raises(UsageError, match="images have no class to learn"):
+            finetune.main(flags(checkpoint, tmp_path / "run", *given))

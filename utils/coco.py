@@ -53,6 +53,8 @@ def read_annotations(path):
         categories = sorted(content["categories"], key=lambda each: each["id"])
         column = {each["id"]: i for i, each in enumerate(categories)}
         row = {each["id"]: i for i, each in enumerate(content["images"])}
+        if len(row) < len(content["images"]):
+            raise ValueError("two images have one id")
         multilabel = torch.zeros(len(row), len(column), dtype=torch.uint8)
         places = [(row[each["image_id"]], column[each["category_id"]])
                   for each in content["annotations"]]
