@@ -111,7 +111,7 @@ def start(Config, task, description, argv):
                 raise UsageError(f"{flag(name)}: the checkpoint decides it; leave it out")
     run = info.get("config", {})
     config.data = config.data or run.get("data", "shapes")
-    same = config.data == run.get("data")
+    same = config.data == run.get("data") and config.data_root in (None, run["data_root"])
     if config.data_root is None:
         config.data_root = run["data_root"] if same else "data"
     # Of labelled sets the very images that the run held out too.

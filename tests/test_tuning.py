@@ -289,3 +289,13 @@ def test_images_without_classes_are_refused(checkpoint, photos, tmp_path):
     for given in (["--data-root", str(tmp_path / "plain")], ["--data", "coco"]):
         with pytest.raises(UsageError, match="images have no class to learn"):
             finetune.main(flags(checkpoint, tmp_path / "run", *given))
+
+
+def test_other_images_hold_out_their_own_share(small_flags, photos, tmp_path):
+    """The share of the run counts for its own images, not for others of the same kind."""
+    train.main([*small_flags, "--epochs", "0", "--val-fraction", "0.5", "--out", str(tmp_path)])
+    for root, share in ((photos, 0.5), (tmp_path / "others", 0.1)):
+        config, _, _ = tuning.start(finetune.Config, "finetune", "",
+                                    ["--checkpoint", str(tmp_path / "checkpoint.pt"),
+                                     "--data-root", str(root)])
+        assert config.val_fraction == share and config.data == "imagefolder"
