@@ -320,7 +320,7 @@ def resize_positions(encoder, img_size):
     (H, W), (ph, pw) = pair(img_size), encoder.patch_size
     if H % ph or W % pw:
         raise UsageError(f"--img-size {H}x{W}: its patches of {ph}x{pw} do not divide it; use "
-                         f"{max(1, H // ph) * ph}x{max(1, W // pw) * pw}")
+                         f"{max(1, round(H / ph)) * ph}x{max(1, round(W / pw)) * pw}")
     cls, places = encoder.pos_embed[:, :1], encoder.pos_embed[:, 1:]                     # 1 N D
     places = places.unflatten(1, encoder.grid).permute(0, 3, 1, 2)
     encoder.img_size, encoder.grid = (H, W), (H // ph, W // pw)

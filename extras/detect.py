@@ -375,6 +375,7 @@ def main(argv=None):
         return {name: each for name, each in scores.items() if each is not None}
 
     step = tuning.tune(config, encoder, model, images, ids, (mean, std), loss_of, look, device)
+    tuning.announce_test(test_ids)
     found, scores = measure(test_scenes, test_ids)
     draw(test_scenes, found, test_ids, Path(config.out) / "detections.png")
     tuning.finish(config, "detect", {

@@ -104,6 +104,7 @@ def main(argv=None):
 
     step = tuning.tune(config, encoder, model, images, ids, (mean, std), loss_of, look, device)
     everything = torch.arange(len(test_images))
+    tuning.announce_test(everything)
     tuning.finish(config, "finetune", {
         "step": step, **measure(test_images, everything), "validation": look(),
         "images": len(ids), "test_images": len(test_images), "token": config.token})

@@ -160,6 +160,9 @@ def draw(model, images, ids, config, standardise, device, path):
 def main(argv=None):
     config, encoder, info = tuning.start(Config, "segment", __doc__.split("\n")[0], argv)
     device = choose_device(config.device)
+    if config.data not in ("shapes", "imagefolder"):
+        raise UsageError(f"--data {config.data}: has no masks; use shapes, or imagefolder with "
+                         "pairs DIR/train/NAME.jpg, DIR/trainannot/NAME.png")
     images, ids, val_ids, test_images = tuning.split_images(config, encoder)
     classes = number_of_classes(images, test_images, config)
     masks = [shrink(target(mask, images.size, config.void), images.size)
@@ -190,6 +193,7 @@ def main(argv=None):
 
     step = tuning.tune(config, encoder, model, images, ids, (mean, std), loss_of, look, device)
     everything = torch.arange(len(test_images))
+    tuning.announce_test(everything)
     found = measure(test_images, everything)
     draw(model, test_images, subset(everything, 8), config, standardise, device,
          Path(config.out) / "segmentations.png")

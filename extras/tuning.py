@@ -112,6 +112,11 @@ def start(Config, task, description, argv):
     run = info.get("config", {})
     config.data = config.data or run.get("data", "shapes")
     same = config.data == run.get("data") and config.data_root in (None, run["data_root"])
+    root = Path(config.data_root or "")
+    if config.data == "shapes" and "data" not in given and config.data_root and root.is_dir() and (
+            any(root.iterdir()) and not (root / "shapes").exists()):
+        raise UsageError(f"--data-root {root}: holds no `shapes`, which is what the checkpoint was "
+                         "trained on; say what it holds with --data")
     if config.data_root is None:
         config.data_root = run["data_root"] if same else "data"
     # Of labelled sets the very images that the run held out too.
@@ -254,6 +259,8 @@ def tune(config, encoder, model, images, ids, statistics, loss_of, look, device)
     say(describe(config))
     in_all, in_encoder = (sum(p.numel() for p in module.parameters()) / 1e6
                           for module in (model, encoder))
+    if total < 200:
+        say(f"warning: {total} steps in all; little is learned in so few: raise --epochs")
     say(f"{config.data}: {len(ids)} images to train on; {in_encoder:.1f} M parameters in the "
         f"encoder, {in_all:.1f} M in all; {device}; steps {begin} to {total}, into {out}")
 
@@ -343,6 +350,10 @@ def draw_curves(out):
         if axis.get_legend_handles_labels()[0]:
             axis.legend()
     save(figure, out / "curves.png")
+
+
+def announce_test(images):
+    say(f"now the test: {len(images)} images")
 
 
 def finish(config, task, found):

@@ -263,7 +263,7 @@ def test_an_encoder_at_another_size(run_of):
     rows = same.pos_embed[0, 1:, 0].view(8, 8)
     torch.testing.assert_close(rows[3:5, 2], torch.tensor([1.25, 1.75]), atol=0.05, rtol=0)
     assert torch.equal(larger.pos_embed[:, 0], encoder.pos_embed[:, 0])
-    assert "use 32x20" in refused(load_encoder, path, img_size=(33, 22))
+    assert "use 32x24" in refused(load_encoder, path, img_size=(33, 22))
 
 
 @pytest.mark.parametrize("recipe, network", [

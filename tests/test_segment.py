@@ -123,6 +123,7 @@ def test_a_stopped_run_goes_on(checkpoint, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("given, says", [
     (["--data-root", "BLACK"], "no number but 0"),
     (["--data-root", "PHOTOS"], "has no mask"),
+    (["--data", "coco"], "--data coco: has no masks"),
     (["--batch-size", "9"], "--batch-size 9")])
 def test_bad_input_is_one_line(checkpoint, streets, photos, tmp_path, given, says):
     shutil.copytree(streets, tmp_path / "black")

@@ -299,3 +299,10 @@ def test_other_images_hold_out_their_own_share(small_flags, photos, tmp_path):
                                     ["--checkpoint", str(tmp_path / "checkpoint.pt"),
                                      "--data-root", str(root)])
         assert config.val_fraction == share and config.data == "imagefolder"
+
+
+def test_shapes_are_not_drawn_into_another_folder(photos, tmp_path):
+    """Whoever names a folder of photographs has to name the kind of set too."""
+    with pytest.raises(UsageError, match="holds no `shapes`.*say what it holds with --data"):
+        finetune.main(["--from-scratch", "--data-root", str(photos), "--out", str(tmp_path / "x")])
+    assert not (photos / "shapes").exists()

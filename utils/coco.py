@@ -28,7 +28,7 @@ def annotations_file(root, split):
         found = files
     if len(files) == 1 and split == "test":
         raise UsageError(f"--data-root {root}: {files[0].name} is all there is, and it is trained "
-                         "on; leave out the test split with --split validation")
+                         "on; eval.py tests on a part of it with --split validation")
     if not found:
         raise UsageError(f"--data-root {root}: holds no annotations/instances_{SPLITS[split]}*"
                          ".json; give one file of annotations this name")
