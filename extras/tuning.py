@@ -115,8 +115,8 @@ def start(Config, task, description, argv):
     root = Path(config.data_root or "")
     if config.data == "shapes" and "data" not in given and config.data_root and root.is_dir() and (
             any(root.iterdir()) and not (root / "shapes").exists()):
-        raise UsageError(f"--data-root {root}: holds no `shapes`, which is what the checkpoint was "
-                         "trained on; say what it holds with --data")
+        raise UsageError(f"--data-root {root}: holds no `shapes`, the set that is meant without "
+                         "--data; say what it holds with --data")
     if config.data_root is None:
         config.data_root = run["data_root"] if same else "data"
     # Of labelled sets the very images that the run held out too.
