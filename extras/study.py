@@ -7,14 +7,17 @@ PLAN is a text file, such as results/plan.txt. A line of it is a run:
     stage   set            seed   name: flags of train.py
 
 DATA holds a folder of each set of images: fashion-mnist as torchvision wants it, photographs as
-train/<class>/* and test or val. RUNS is where the runs go. A run that has its line in the results
+train/<class>/* and test or val. What follows `@` in the name of a set is no part of the folder's:
+`cifar10-jpeg@tiny` is a ViT-Tiny on all training images of `cifar10-jpeg`. RUNS is where the runs
+go. A run that has its line in the results
 is not done again: delete the line to repeat it. A run that was cut off continues, and one that
 failed gets a line that says so. Several processes may work off one plan: each takes the next run
 that no other has. Runs with the names `pixels` and `untrained` are yardsticks: raw pixels, or the
 network before training, on the images of that run.
 
-Runs compute in bf16, with attention written out: on CPUs with AVX-512 this is faster. On others
-bf16 is many times slower: there, say --precision fp32.
+Runs compute in bf16. On CPUs with AVX-512 this is faster, with attention written out. On others
+bf16 is many times slower: there, say --precision fp32. On a GPU, --compile halves the time of a
+step; four processes at a time keep it busy while one of them compiles or looks at pictures.
 
 Search and evidence are kept apart: runs of the stage `search` are judged on validation images
 alone, all others on the test split as well. The stage `repeat` is for runs of the evidence that are
@@ -53,6 +56,7 @@ SETS = {
     "cifar10-jpeg": FOLDER + "--img-size 32 --patch-size 4",
     "fashion-mnist": "--data fashion-mnist --val-fraction 0.66666",
     "tiny-imagenet-100": FOLDER + "--img-size 64 --patch-size 8",
+    "cifar10-jpeg@tiny": "--data imagefolder --img-size 32 --patch-size 4 --model tiny",
 }
 FURTHER = {"finetune": finetune, "segment": segment, "detect": detect}
 YARDSTICKS = ("pixels", "untrained")                   # --network of eval.py that needs no training
@@ -97,12 +101,16 @@ def attention(q, k, v):
 
 # --------------------------------------------------------------------------------- train and judge
 
-def train_and_judge(run, data_root, out, precision):
-    """Train a run (or continue it) -> what its line of results says of it."""
+def folder_of(run, data_root):
+    """The --data-root of a run: `shapes` keeps its images beside the folders of the others."""
+    return str(data_root) if run.data == "shapes" else f"{data_root}/{run.data.split('@')[0]}"
+
+
+def train_and_judge(run, data_root, out, more):
+    """Train a run (or continue it) -> what its line of results says of it. more: further flags."""
     start = time.perf_counter()
-    root = data_root if run.data == "shapes" else f"{data_root}/{run.data}"
-    train.main([*SETS[run.data].split(), *run.flags, "--data-root", str(root), "--out", str(out),
-                "--seed", str(run.seed), "--precision", precision])
+    train.main([*SETS[run.data].split(), *run.flags, "--data-root", folder_of(run, data_root),
+                "--out", str(out), "--seed", str(run.seed), *more])
     row = describe_log(out)
     (out / "eval.jsonl").unlink(missing_ok=True)           # of a judgement that was cut off
     split = "validation" if run.stage == "search" else "test"
@@ -118,7 +126,7 @@ def train_and_judge(run, data_root, out, precision):
     return row
 
 
-def train_further(run, data_root, out, precision):
+def train_further(run, data_root, out, more):
     """Fine-tune, segment or detect with a run of the evidence -> what its line says of it."""
     start = time.perf_counter()
     name = run.name.split(",")[0]
@@ -126,11 +134,10 @@ def train_further(run, data_root, out, precision):
     if scratch:
         name = "pl-mae"
     folder = out.parent / f"evidence-{run.data}-{name}-{run.seed}"
-    root = data_root if run.data == "shapes" else f"{data_root}/{run.data}"
     FURTHER[run.stage].main([
         "--checkpoint", str(folder / "checkpoint.pt"), *["--from-scratch"] * scratch,
-        "--data-root", str(root), "--out", str(out), "--seed", str(run.seed),
-        "--precision", precision, *run.flags])
+        "--data-root", folder_of(run, data_root), "--out", str(out), "--seed", str(run.seed),
+        *more, *run.flags])
     found = json.loads((out / "result.json").read_text())
     del found["start"]
     return {run.stage: found, "minutes": round((time.perf_counter() - start) / 60, 1)}
@@ -157,9 +164,10 @@ def circumstances():
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     processor = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {"commit": commit, "processor": processor[0] if processor else "unknown",
             "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
-            "threads": torch.get_num_threads()}
+            "threads": torch.get_num_threads()} | gpu
 
 
 @contextmanager
@@ -185,9 +193,10 @@ def main(argv=None):
     parser.add_argument("--limit", type=int, default=0, help="stop after so many runs")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16",
                         help="what to compute in (default: bf16)")
+    parser.add_argument("--compile", action="store_true", help="train.py's --compile, for GPUs")
     parser.add_argument("--results", default=ROOT / "results" / "study.jsonl", type=Path)
     options = parser.parse_args(argv)
-    if options.precision == "bf16":
+    if options.precision == "bf16" and not torch.cuda.is_available():
         F.scaled_dot_product_attention = attention
     where, runs_done = circumstances(), 0  # now: who knows what the folder holds an hour later
     for run in read_plan(options.plan):
@@ -202,7 +211,8 @@ def main(argv=None):
             print(f"--- {run.stage}: {run.data}, {run.name}, seed {run.seed}", file=sys.stderr)
             try:
                 work = train_further if run.stage in FURTHER else train_and_judge
-                row |= work(run, options.data, out, options.precision)
+                compiled = ["--compile"] * (options.compile and work is train_and_judge)
+                row |= work(run, options.data, out, ["--precision", options.precision, *compiled])
             except (Exception, SystemExit):                # the plan goes on; the line says why
                 traceback.print_exc()
                 row["error"] = traceback.format_exc().strip().splitlines()[-1][:200]

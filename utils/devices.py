@@ -65,9 +65,14 @@ def start_processes(device):
 
 
 def choose_precision(name, device):
-    """--precision -> dtype of the weights, and whether the networks compute in bf16 (autocast)."""
+    """--precision -> dtype of the weights, and whether the networks compute in bf16 (autocast).
+
+    On a GPU products of fp32 numbers are computed in TF32 (10 bits of the 23 behind the point). Of
+    cosines divided by a temperature of 0.0125 that is 0.01 nats; bf16 would be 0.09."""
     if name == "fp64" and device.type == "mps":
         raise UsageError("--precision fp64: not to be had on mps; use --device cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     bf16 = name == "bf16" or (name == "auto" and device.type == "cuda"
                               and torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.float64 if name == "fp64" else torch.float32, bf16
