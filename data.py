@@ -1,257 +1,26 @@
-"""Images by name, and batches in which every sample has crops, flips and colours of its own.
+"""Batches in which every sample has crops, flips and colours of its own.
 
-Two ways to keep a set. Small sets are decoded once into a uint8 tensor on the device and augmented
-there, a batch at a time: a crop with its resize is two matrix products per image, a flip reverses
-one of the matrices, a change of colour is arithmetic with one number per image. Sets larger than
-`resident_gb` stream from the disk: DataLoader workers decode and crop, the device flips and
-recolours.
+Two ways to keep a set. Small sets lie as a uint8 tensor on the device and are augmented there, a
+batch at a time: a crop with its resize is two matrix products per image, a flip reverses one of the
+matrices, a change of colour is arithmetic with one number per image. Large sets stream from the
+disk: DataLoader workers decode and crop, the device flips and recolours.
 
 All random numbers of a step come from (seed, step). They are drawn on the CPU for the batch of all
 processes; each process takes its part. So the number of workers or processes, or a stop and a
 restart, changes none of them.
 
 Letters:  B views in a micro-batch of one process (views x images, first views before second ones),
-          n images, N patches of an image, k masks of a view, C channels, H W height and width.
+          n images, N patches of an image, C channels, H W height and width.
 """
 
 import math
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass, field
-from pathlib import Path
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.v2 import functional as TF
 
-from mae import pair
-from utils.coco import read_coco
-from utils.command_line import UsageError, make_folder
-from utils.images import decode, fit, open_image
-from utils.shapes import load_shapes
-
-
-class Set(NamedTuple):
-    """Defaults of a data set."""
-
-    size: int              # side of the images
-    patch: int             # side of the patches that suits them
-    channels: int
-
-
-SETS = {
-    "shapes": Set(size=64, patch=8, channels=3),
-    "cifar10": Set(size=32, patch=4, channels=3),
-    "cifar100": Set(size=32, patch=4, channels=3),
-    "stl10": Set(size=96, patch=8, channels=3),
-    "fashion-mnist": Set(size=28, patch=4, channels=1),
-    "imagenette": Set(size=224, patch=16, channels=3),
-    "imagefolder": Set(size=224, patch=16, channels=3),
-    "coco": Set(size=224, patch=16, channels=3),
-}
-
-
-@dataclass
-class Images:
-    """One split of a data set, kept in one of two ways. Training crops differ between them:
-
-    - `pixels`: in memory. Crops are cut from these. Files of a folder were first shrunk to `size`
-      (so a crop of a part is enlarged again and a little soft); the arrays of torchvision's sets
-      and of `shapes` stay as large as they are.
-    - `paths`: streamed. Crops are cut from the files at their own resolution, then resized.
-    """
-
-    labels: torch.Tensor                       # n, int64; -1 where there is no label
-    classes: list
-    size: tuple                                # (H, W) of what `read` and `Batches` give
-    channels: int
-    pixels: torch.Tensor | None = None         # n C H W uint8, of any H and W
-    paths: list | None = None
-    # `shapes` also has multilabel, masks, owners, boxes; `coco` multilabel
-    targets: dict = field(default_factory=dict)
-
-    def __len__(self):
-        return len(self.labels)
-
-    @property
-    def kept(self):
-        """In a few words, where the images are and what crops are cut from."""
-        if self.pixels is None:
-            return "streamed, cropped from the files at full size"
-        height, width = self.pixels.shape[2:]
-        return f"in memory, cropped from images of {height} x {width}"
-
-
-# ---------------------------------------------------------------------------------- sets by name
-
-def load_images(name, root, split, size=None, channels=None, resident_gb=4.0):
-    """The "train" or "test" split of a named set as `Images`.
-
-    size: an int or (H, W); the default is the set's own. `read` crops the centre of other images
-    and resizes it (bicubic). What random crops are cut from depends on how the set is kept:
-    image files that take at most resident_gb once they are shrunk to `size` stay in memory, and
-    crops are cut from the shrunken images; more are streamed, and crops are cut from the files at
-    their own resolution. `Images.kept` says which it is; resident_gb=0 always streams.
-
-    imagefolder: "test" is ROOT/test or else ROOT/val. coco: the files of the COCO data sets,
-    ROOT/annotations/instances_train2017.json (or val2017) with ROOT/train2017/*.jpg; an image has
-    no label, but `multilabel`. stl10: "train" includes its 100,000 images
-    without labels. Raises UsageError, with what to do about it, where files are missing."""
-    size, channels = pair(size or SETS[name].size), channels or SETS[name].channels
-    if name == "imagefolder":
-        return folder(root, split, size, channels, resident_gb)
-    if name == "coco":
-        paths, multilabel, classes = read_coco(root, split)
-        images = Images(torch.full((len(paths),), -1), classes, size, channels, paths=paths,
-                        targets={"multilabel": multilabel})
-        return resident(images, resident_gb)
-    if name == "imagenette":
-        torchvision_set(datasets.Imagenette, root, size="320px")       # brings both splits
-        return folder(Path(root) / "imagenette2-320", split, size, channels, resident_gb)
-
-    targets = {}
-    if name == "shapes":
-        pixels, labels, classes, targets = load_shapes(root, split)
-    elif name == "stl10":
-        part = "train+unlabeled" if split == "train" else split
-        files = torchvision_set(datasets.STL10, root, split=part)
-        pixels, labels, classes = torch.from_numpy(files.data), files.labels, files.classes
-    else:
-        known = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100,
-                 "fashion-mnist": datasets.FashionMNIST}
-        files = torchvision_set(known[name], root, train=split == "train")
-        pixels, labels, classes = torch.as_tensor(files.data), files.targets, files.classes
-        grey = pixels.ndim == 3
-        pixels = pixels[:, None] if grey else pixels.permute(0, 3, 1, 2)           # n C H W
-    pixels = fit(pixels, tuple(pixels.shape[2:]), channels)
-    return Images(torch.as_tensor(labels).long(), list(classes), size, channels, pixels,
-                  targets=targets)
-
-
-def torchvision_set(make, root, **which):
-    """A data set of torchvision, downloaded if it is not under root yet.
-
-    A download that fails leaves no empty folders."""
-    root = Path(root)
-    before = {root, *root.rglob("*")} if root.exists() else set()
-    try:
-        return make(root, download=False, **which)
-    except (RuntimeError, OSError):            # how torchvision says "not found"
-        make_folder(root, "--data-root")
-    try:
-        return make(root, download=True, **which)
-    except (OSError, RuntimeError) as error:
-        for path in sorted({root, *root.rglob("*")} - before, reverse=True):
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
-        reason = str(error).strip().splitlines()[0][:120]
-        raise UsageError(f"--data-root {root}: the data set is not there and its download failed "
-                         f"({reason}); put torchvision's files there by hand") from error
-
-
-def folder(root, split, size, channels, resident_gb):
-    """ROOT/<split>/<class>/*. To train, also a plain folder of images at any depth, no labels."""
-    root = Path(root)
-    base = base_folder(root, split)
-    paths = sorted(path for path in base.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-    if not paths:
-        raise UsageError(f"--data-root {root}: no images in {base} ({', '.join(IMG_EXTENSIONS)}); "
-                         "name the folder that holds them")
-
-    labels, classes = torch.full((len(paths),), -1), []
-    if base != root:
-        inside = [path.parent != base for path in paths]               # inside a class folder
-        if any(inside):
-            if not all(inside):
-                stray = paths[inside.index(False)]
-                raise UsageError(f"--data-root {root}: {stray} lies beside the class folders; "
-                                 "move or remove it")
-            names = [path.relative_to(base).parts[0] for path in paths]
-            classes = sorted(set(names))
-            number = {name: i for i, name in enumerate(classes)}
-            labels = torch.tensor([number[name] for name in names])
-
-    return resident(Images(labels, classes, size, channels, paths=paths), resident_gb)
-
-
-def resident(images, resident_gb):
-    """Images of files, decoded into one tensor if that takes at most resident_gb."""
-    if len(images) * images.channels * math.prod(images.size) <= resident_gb * 1e9:
-        images.pixels = read(images, range(len(images)))
-    return images
-
-
-def base_folder(root, split):
-    """The folder under root that holds the images of a split."""
-    if not root.is_dir():
-        raise UsageError(f"--data-root {root}: there is no such folder; "
-                         "name the one that holds the images")
-    found = [name for name in ("train", "test", "val") if (root / name).is_dir()]
-    if split == "train":
-        if "train" in found:
-            return root / "train"
-        if found:
-            raise UsageError(f"--data-root {root}: has images to test on but no folder `train`")
-        return root
-    for name in ("test", "val"):
-        if name in found:
-            return root / name
-    raise UsageError(f"--data-root {root}: has neither test/<class>/* nor val/<class>/* to "
-                     "evaluate on; put some images of each class there")
-
-
-def held_out(images, fraction):
-    """Indices to train on, and those kept out of training, to be tested on while it runs.
-
-    That is every n-th labelled image, the same for every seed: all runs on a set share them, and
-    the test split stays untouched. Without labels none is kept out."""
-    ids = torch.arange(len(images))
-    labelled = ids[images.labels >= 0]
-    out = labelled[spread_out(len(labelled), fraction)]
-    return ids[~torch.isin(ids, out)], out
-
-
-def spread_out(n, fraction):
-    """True at a fraction of n places, evenly spread: where place * fraction passes a whole
-    number."""
-    place = torch.arange(n)
-    return (place * fraction).long() != ((place + 1) * fraction).long()
-
-
-def mean_std(images):
-    """Mean and standard deviation of each channel, in units of 0..1.
-
-    Over up to 2,000 images spread over the set, a hundred at a time. Sums of grey levels and of
-    their squares are whole numbers, so no order of adding them up changes the result."""
-    ids = torch.linspace(0, len(images) - 1, min(len(images), 2000)).long()
-    total = squares = torch.zeros(images.channels, dtype=torch.int64)
-    count = 0
-    for part in ids.split(100):
-        x = read(images, part)                                         # n C H W uint8
-        total = total + x.sum((0, 2, 3))
-        squares = squares + x.int().square().sum((0, 2, 3))
-        count += x.numel() // images.channels
-    mean, std = [], []
-    for t, s in zip(total.tolist(), squares.tolist()):
-        variance = (count * s - t * t) / (count * (count - 1))         # whole numbers until "/"
-        mean.append(t / count / 255)
-        std.append(max(math.sqrt(variance) / 255, 1e-3))
-    return mean, std
-
-
-def read(images, ids):
-    """The images at ids, not augmented: n C H W uint8."""
-    if images.pixels is not None:
-        return fit(images.pixels[ids], images.size, images.channels)
-
-    def decode_one(i):
-        return decode(images.paths[i], images.size, images.channels)
-
-    with ThreadPoolExecutor() as threads:      # Pillow decodes outside Python's lock
-        return torch.stack(list(threads.map(decode_one, ids)))
-
+from support.datasets import Images, cut, open_file
 
 # ------------------------------------------------------------- random numbers and augmentation
 
@@ -266,7 +35,7 @@ def generator(seed, purpose, index=0):
     return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))   # manual_seed takes 63 bits
 
 
-def draw(seed, step, batch, views, masks, patches):
+def draw(seed, step, batch, views, patches):
     """All random numbers of a step for the batch of all processes, uniform in 0..1.
 
     Always all of them, so that a switch that is turned off changes no other number."""
@@ -275,7 +44,7 @@ def draw(seed, step, batch, views, masks, patches):
         "crop": torch.rand(batch, views, 4, generator=g),
         "flip": torch.rand(batch, views, generator=g),
         "colour": torch.rand(batch, views, 6, generator=g),
-        "noise": torch.rand(batch, views, masks, patches, generator=g),
+        "noise": torch.rand(batch, views, patches, generator=g),
         "teacher_colour": torch.rand(batch, views, 6, generator=teacher),
     }
 
@@ -393,14 +162,9 @@ class CroppedFiles(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         index, u = item
-        size = self.images.size
-        image = open_image(self.images.paths[index], self.images.channels)
+        image, size = open_file(self.images, index), self.images.size
         boxes = crop_boxes(torch.tensor(u), image.height, image.width, size, self.smallest)
-        crops = []
-        for box in boxes.tolist():
-            crop = TF.resized_crop(image, *box, size, interpolation=TF.InterpolationMode.BICUBIC)
-            crops.append(TF.pil_to_tensor(crop))
-        return torch.stack(crops)
+        return cut(image, boxes.tolist(), size)
 
 
 class Views(NamedTuple):
@@ -408,7 +172,7 @@ class Views(NamedTuple):
 
     student: torch.Tensor      # B C H W, standardised
     teacher: torch.Tensor      # B C H W: the very same tensor; or same crops, flips, other colours
-    noise: torch.Tensor        # (k B) N: noise of one mask for all views, then of the next mask
+    noise: torch.Tensor        # B N: chooses the masks
 
 
 @dataclass
@@ -426,7 +190,6 @@ class Batches:
     patches: int                       # N
     _: KW_ONLY
     views: int = 1                     # of an image
-    masks: int = 1                     # k, of a view
     smallest: float = 0.2              # least area of a crop
     colours: float = 0.0               # how strongly colours are changed
     teacher_view: str = "other-colours"        # drawn apart; or "same", the student's view
@@ -453,7 +216,7 @@ class Batches:
         if self.epoch != epoch:
             self.epoch = epoch
             self.order = self.ids[epoch_order(self.seed, epoch, len(self.ids))]
-        numbers = draw(self.seed, step, self.batch, self.views, self.masks, self.patches)
+        numbers = draw(self.seed, step, self.batch, self.views, self.patches)
         numbers["ids"] = self.order[place * self.batch:(place + 1) * self.batch]
         for name, values in numbers.items():
             parts = values.unflatten(0, (self.accumulate, self.world, -1))
@@ -512,8 +275,7 @@ class Batches:
         student = teacher = self.finish(x, numbers["colour"])
         if self.teacher_view == "other-colours" and self.colours:
             teacher = self.finish(x, numbers["teacher_colour"])
-        noise = numbers["noise"].transpose(0, 1).flatten(0, 1)                         # (k B) N
-        return Views(student, teacher, noise)
+        return Views(student, teacher, numbers["noise"])
 
     def finish(self, x, u):
         """Recolour x by the numbers u, then standardise it."""

@@ -17,7 +17,7 @@ Letters:  B images (or views: crops of them), C channels, H W height and width, 
 
 `VisionTransformer` is the encoder: what one keeps after training. Its parameters have the names of
 timm's VisionTransformer. `Decoder` is what one trains it with. `MaskedAutoencoder` holds the two.
-`checkpoint.py` reads and writes the official MAE files (He et al., CVPR 2022).
+`support/weights.py` reads and writes the official MAE files (He et al., CVPR 2022).
 
     model = MaskedAutoencoder(img_size=32, patch_size=4, **SIZES["micro"])
     loss, pred, mask = model(torch.rand(8, 3, 32, 32), mask_ratio=0.75)

@@ -15,7 +15,7 @@ There are two ways to learn nothing:
                            three ways. `sinkhorn` gives all clusters like shares of each batch.
                            `centring` subtracts from each cluster its running mean score. ME-MAX
                            leaves the labels alone and rewards a student whose mean prediction is
-                           uniform.
+                           uniform. (`none` does nothing: notebook 3 shows what follows.)
     1/K for everything     a loss of ln K, which is logged beside the losses of pseudo labels as the
                            line to get below. `koleo` keeps the tokens of different images apart, so
                            that there is more to predict.
@@ -23,10 +23,9 @@ There are two ways to learn nothing:
 To skip at first reading: `centring`, `me_max`, and *ranks* (the processes of a run on several GPUs;
 each holds a part of the batch, and what is a sum over the batch is summed over ranks).
 
-Letters:  B views in the batch, k masks of a view (so the student makes k B rows), N patches,
-          V visible ones, D and d widths of encoder and decoder, P numbers that are predicted of a
-          patch, K clusters, S samples that are balanced together: the class tokens of all views, or
-          all their patch tokens.
+Letters:  B views in the batch, N patches, V visible ones, D and d widths of encoder and decoder,
+          P numbers that are predicted of a patch, K clusters, S samples that are balanced together:
+          the class tokens of all views, or all their patch tokens.
 """
 
 import math
@@ -36,9 +35,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from mae import MaskedAutoencoder, at_least_fp32, init_weights, plain_norm, restore_tokens
-from utils.ranks import gather_over_ranks, mean_over_ranks, over_ranks
+from support.ranks import gather_over_ranks, mean_over_ranks, over_ranks
 
-BALANCING = ("sinkhorn", "centring", "me-max")
+BALANCING = ("sinkhorn", "centring", "me-max", "none")
 CENTRE_MOMENTUM = 0.9              # of the running mean score (DINO)
 
 
@@ -107,34 +106,32 @@ class Student(nn.Module):
             self.decoder_label.apply(init_weights)
 
     def forward(self, imgs, mask_ratio, noise):
-        """Views imgs (B C H W), seen under k masks each, which noise ((k B) N) chooses.
+        """Views imgs (B C H W) under the masks that noise (B N) chooses.
 
         Returns a dictionary of what the student has the parts for:
 
-        mask     (k B) N            1 where a patch is masked
-        unit     (k B) bottleneck   the class token on the image head's sphere, for KoLeo
-        image    (k B) K            scores of the class token
-        pred     (k B) N P          what the decoder predicts of each patch: pixels, or a token
-        patch    (k B) N K          scores of the patches"""
-        k = len(noise) // len(imgs)
-        imgs = imgs.repeat(k, 1, 1, 1)                                               # (k B) C H W
-        z, mask, ids_restore = self.mae.forward_encoder(imgs, mask_ratio, noise)     # (k B) 1+V D
+        mask     B N            1 where a patch is masked
+        unit     B bottleneck   the class token on the image head's sphere, for KoLeo
+        image    B K            scores of the class token
+        pred     B N P          what the decoder predicts of each patch: pixels, or a token
+        patch    B N K          scores of the patches"""
+        z, mask, ids_restore = self.mae.forward_encoder(imgs, mask_ratio, noise)         # B 1+V D
         out = {"mask": mask}
         if self.image_head is not None:
             out["unit"] = self.image_head.project(z[:, 0])
-            out["image"] = self.image_head.compare(out["unit"])                      # (k B) K
+            out["image"] = self.image_head.compare(out["unit"])                          # B K
         if self.mae.decoder is not None:
-            states = self.mae.forward_decoder(z, ids_restore)                        # (k B) N d
-            out["pred"] = self.mae.decoder.pred(states)                              # (k B) N P
+            states = self.mae.forward_decoder(z, ids_restore)                            # B N d
+            out["pred"] = self.mae.decoder.pred(states)                                  # B N P
         if self.patch_head is not None:
             # The label of a visible patch is predicted from the encoder's token; of a masked one
             # from the decoder's state, as the encoder has no token of it. The norm brings both to
             # one scale, so that one head serves both.
             nothing = z.new_zeros(1, 1, z.shape[-1])
-            visible = restore_tokens(z[:, 1:], ids_restore, fill=nothing)            # (k B) N D
-            masked = self.decoder_label(states)                                      # (k B) N D
-            y = torch.where(mask[..., None] == 1, masked, visible)                   # (k B) N D
-            out["patch"] = self.patch_head(plain_norm(y))                            # (k B) N K
+            visible = restore_tokens(z[:, 1:], ids_restore, fill=nothing)                # B N D
+            masked = self.decoder_label(states)                                          # B N D
+            y = torch.where(mask[..., None] == 1, masked, visible)                       # B N D
+            out["patch"] = self.patch_head(plain_norm(y))                                # B N K
         return out
 
 
@@ -175,13 +172,17 @@ def move_centre(centre, scores):
 
 
 def balance(scores, centre, config):
-    """Scores S K -> labels S K, by config.balancing and config.teacher_temperature."""
+    """Scores S K -> labels S K, by config.balancing and config.teacher_temperature.
+
+    Raises ValueError for a way that there is not."""
     temperature = config.teacher_temperature
     if config.balancing == "sinkhorn":
         return sinkhorn(scores, temperature)
     if config.balancing == "centring":
         return centring(scores, centre, temperature)
-    return (at_least_fp32(scores) / temperature).softmax(dim=1)        # unbalanced: see `me_max`
+    if config.balancing in ("me-max", "none"):             # labels are left alone: see `me_max`
+        return (at_least_fp32(scores) / temperature).softmax(dim=1)
+    raise ValueError(f"balancing {config.balancing!r}: there are {', '.join(BALANCING)}")
 
 
 @torch.no_grad()
@@ -230,17 +231,17 @@ def label_loss(scores, labels, temperature=0.1):
 
 
 def image_label_loss(scores, labels, temperature=0.1):
-    """Scores of class tokens (k B) K against image pseudo labels (k B) K: a number."""
+    """Scores of class tokens B K against image pseudo labels B K: a number."""
     return label_loss(scores, labels, temperature).mean()
 
 
 def patch_label_loss(scores, labels, mask, which="both", temperature=0.1):
-    """Scores of patches (k B) N K against patch pseudo labels (k B) N K: a number.
+    """Scores of patches B N K against patch pseudo labels B N K: a number.
 
-    Each patch has its `label_loss`. mask: (k B) N, 1 masked; every view has patches of both kinds.
+    Each patch has its `label_loss`. mask: B N, 1 masked; every view has patches of both kinds.
     which: the mean over all "masked" patches of the batch, over all "visible" ones, or ("both") the
     mean of these two means."""
-    loss = label_loss(scores, labels, temperature)                                     # (k B) N
+    loss = label_loss(scores, labels, temperature)                                         # B N
     masked = (loss * mask).sum() / mask.sum()
     visible = (loss * (1 - mask)).sum() / (1 - mask).sum()
     return {"masked": masked, "visible": visible, "both": (masked + visible) / 2}[which]
@@ -259,20 +260,18 @@ def koleo(unit, images):
     """Mean over class tokens of -log of the distance to the nearest one of another image
     (Sablayrolles et al. 2019; DINOv2). The nearest one gets no gradient.
 
-    unit: (k B) bottleneck, of the image head. images: how many there are of them; row i is of image
+    unit: B bottleneck, of the image head. images: how many there are of them; row i is of image
     i % images, so with 2 images in 2 views the rows are of images 0 1 0 1.
 
     It spreads the tokens of different images over the sphere. Without it the labels of a fresh
     network stay vague: its tokens lie close together, all scores are alike, and predicting 1/K is
     nearly right."""
-    units, rank = gather_over_ranks(unit)                  # of all ranks, without gradient
-    row = torch.arange(len(units), device=unit.device)
-    image = row % images + images * (row // len(unit))     # of each row; no two ranks share one
-    own = image[rank * len(unit):(rank + 1) * len(unit)]                                     # (k B)
-    same = own[:, None] == image                           # (k B) rows, a column for each of units
+    own = torch.arange(len(unit), device=unit.device) % images         # the image of each row: B
+    units, image, own = gather_over_ranks(unit, own, images)           # of all ranks, no gradient
+    same = own[:, None] == image                           # B rows, a column for each of units
     cosine = unit.detach() @ units.T
-    nearest = cosine.masked_fill(same, -2).argmax(1)                                         # (k B)
-    distance = (unit - units[nearest]).norm(dim=1)                                           # (k B)
+    nearest = cosine.masked_fill(same, -2).argmax(1)                                         # B
+    distance = (unit - units[nearest]).norm(dim=1)                                           # B
     loss = -(distance + 1e-6).log().mean()
     return loss * (~same).any()                            # 0 where there is no other image
 

@@ -19,8 +19,8 @@ The two jobs need not want the same half-life: labels may want to stay the same 
 targets to be up to date, or the other way round. That is why there are two teachers. With equal
 half-lives, and the same input, two teachers are one.
 
-Letters:  B views in the batch, k masks of a view, N patches, V visible ones, D width of the
-          encoder, P numbers that are predicted of a patch, K clusters.
+Letters:  B views in the batch, N patches, V visible ones, D width of the encoder, P numbers that
+          are predicted of a patch, K clusters.
 """
 
 import copy
@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from mae import at_least_fp32, plain_norm, random_masking
-from utils.ranks import mean_over_ranks
+from support.ranks import mean_over_ranks
 
 STANDARDISE = ("token", "feature", "position", "none")
 
@@ -74,10 +74,9 @@ class Teacher(nn.Module):
     def forward(self, imgs, mask_ratio, noise):
         """RC-MAE's teacher alone: it sees masked views, as the student does.
 
-        Views B C H W under the masks of noise (k B) N -> what its decoder predicts, (k B) N P."""
-        imgs = imgs.repeat(len(noise) // len(imgs), 1, 1, 1)
+        Views B C H W under the masks of noise B N -> what its decoder predicts, B N P."""
         ids_keep, _, ids_restore = random_masking(noise, mask_ratio)
-        latent = self.encoder(imgs, ids_keep)                                      # (k B) 1+V D
+        latent = self.encoder(imgs, ids_keep)                                          # B 1+V D
         return self.decoder.pred(self.decoder(latent, ids_restore))
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))              # so that a script in docs/ finds the
 
 from data import crop_flip, recolour  # noqa: E402
 from mae import patchify, random_masking, unpatchify  # noqa: E402
-from utils.shapes import SIDE, scene  # noqa: E402
+from support.shapes import SIDE, scene  # noqa: E402
 
 matplotlib.use("Agg")                      # writes files, needs no screen
 

@@ -28,11 +28,11 @@ from typing import NamedTuple
 
 from matplotlib.lines import Line2D
 
-import train
-from checkpoint import OLDER, kept_network
-from utils.command_line import Parser, UsageError, make_folder, run_main
-from utils.files import read_json_lines
-from utils.pictures import plt, save
+from support import settings
+from support.command_line import Parser, UsageError, make_folder, run_main
+from support.files import read_json_lines
+from support.pictures import plt, save
+from support.settings import kept_network
 
 # Title of a panel: key in the log, its unit, and what the decoder has to predict (None: anything).
 PANELS = {
@@ -61,7 +61,7 @@ def read_run(folder):
     folder = Path(folder)
     if not (folder / "config.json").is_file() or not (folder / "metrics.jsonl").is_file():
         raise UsageError(f"{folder}: is no run; name a folder that train.py has written (--out)")
-    config = OLDER | json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     log = read_json_lines(folder / "metrics.jsonl")
     tests = [record for record in log if "knn_mean" in record]
     if not tests:
@@ -133,14 +133,14 @@ def name_setting(config, first):
     flags = {key: value for key, value in first.items() if usual(first).get(key) != value}
     expected = usual(config) | flags | {"recipe": first["recipe"]}
     differing = [f"{key}={config.get(key)}" for key in usual(config)
-                 if key not in train.FREE | {"seed"} and config.get(key) != expected[key]]
+                 if key not in settings.FREE | {"seed"} and config.get(key) != expected[key]]
     return ", ".join(differing) or first["recipe"]
 
 
 def usual(config):
     """The settings that a run of this recipe on this data set has without any flag."""
-    row = train.DATA_ROWS.get(config["data"], {}) | train.RECIPES.get(config["recipe"], {})
-    return vars(train.Config(**row))
+    row = settings.DATA_ROWS.get(config["data"], {}) | settings.RECIPES.get(config["recipe"], {})
+    return vars(settings.Config(**row))
 
 
 def shared_seeds(settings, name):

@@ -4,7 +4,7 @@
     python -m extras.detect --checkpoint runs/pl-mae-shapes-micro/checkpoint.pt
     python -m extras.detect --checkpoint FILE --data coco --data-root COCO --img-size 256
 
-Objects are those of `shapes`, or of a set in the format of COCO (see `utils/coco.py`). Writes
+Objects are those of `shapes`, or of a set in the format of COCO (see `support/coco.py`). Writes
 checkpoint.pt, config.json, metrics.jsonl, curves.png, detections.png and result.json into --out,
 and ends with a line of JSON: average precision (AP) of boxes and of masks, as pycocotools computes
 it, on the test split; where a set has one file of annotations, on the images held out. The same
@@ -42,12 +42,12 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from extras import tuning
-from features import subset
-from utils.coco import annotation_files, annotations_file
-from utils.command_line import UsageError, option, run_main
-from utils.devices import choose_device
-from utils.images import open_image
-from utils.pictures import plt, save
+from support.coco import annotation_files, annotations_file
+from support.command_line import UsageError, option, run_main
+from support.devices import choose_device
+from support.images import open_image
+from support.pictures import plt, save
+from support.probes import subset
 
 try:
     from pycocotools import mask as run_lengths

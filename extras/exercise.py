@@ -13,10 +13,10 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.command_line import Parser, UsageError, run_main
+from support.command_line import Parser, UsageError, run_main
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("utils", "extras", "tests")          # beside the files *.py and *.ini
+COPIED = ("support", "extras", "results", "tests")          # beside the files *.py and *.ini
 BODY = 'raise NotImplementedError("your turn")'
 
 

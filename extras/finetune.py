@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
 
-from data import read
 from extras import tuning
-from utils.command_line import UsageError, option, run_main
-from utils.devices import choose_device
+from support.command_line import UsageError, option, run_main
+from support.datasets import read
+from support.devices import choose_device
 
 
 @dataclass
@@ -65,10 +65,10 @@ def accuracy(model, images, ids, config, standardise, device):
     """Share of the labelled images at ids that are put into their class."""
     model.eval()
     right = 0
-    ids = ids[images.labels[ids] >= 0]
+    ids = ids[images.y[ids] >= 0]
     for part in ids.split(config.batch_size):
         scores = model(standardise(read(images, part)).to(device))
-        right += (scores.argmax(1).cpu() == images.labels[part]).sum().item()
+        right += (scores.argmax(1).cpu() == images.y[part]).sum().item()
     model.train()
     return round(right / len(ids), 4)
 
@@ -90,7 +90,7 @@ def main(argv=None):
 
     def loss_of(batch):
         imgs = torch.stack([augment(image) for image in read(images, batch)])  # B C H W uint8
-        imgs, labels = standardise(imgs), images.labels[batch]
+        imgs, labels = standardise(imgs), images.y[batch]
         if mix:
             imgs, labels = mix(imgs, labels)                                   # labels B classes
         return F.cross_entropy(model(imgs.to(device)), labels.to(device),

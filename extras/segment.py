@@ -28,14 +28,13 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import tv_tensors
 
-from data import read
 from extras import tuning
-from features import subset
-from utils.command_line import UsageError, option, run_main
-from utils.devices import choose_device
-from utils.masks import classes_in, masks_of, seen_part
-from utils.pictures import draw_rows, plt
-from utils.probes import overlaps
+from support.command_line import UsageError, option, run_main
+from support.datasets import read
+from support.devices import choose_device
+from support.masks import classes_in, masks_of, seen_part
+from support.pictures import draw_rows, plt
+from support.probes import overlaps, subset
 
 IGNORED = 255                              # pixels without a class, once a mask is read
 

@@ -22,11 +22,10 @@ import torch
 from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
-from checkpoint import continue_from, exported, load_encoder, save_checkpoint, sizes
-from data import SETS, epoch_order, generator, held_out, load_images, mean_std, spread_out
+from data import epoch_order, generator
 from mae import SIZES, VisionTransformer, pair
-from train import COUNT, POSITIVE, describe, learning_rate
-from utils.command_line import (
+from support.checkpoint import continue_from, save_checkpoint
+from support.command_line import (
     UsageError,
     check_ranges,
     flag,
@@ -35,9 +34,13 @@ from utils.command_line import (
     option,
     size,
 )
-from utils.devices import choose_precision, memory_errors_in_one_line, peak_memory
-from utils.files import append_json, read_json_lines, truncate_log, write_atomically
-from utils.pictures import draw_line, plt, save
+from support.datasets import SETS, held_out, load_images, mean_std, spread_out
+from support.devices import choose_precision, memory_errors_in_one_line, peak_memory
+from support.files import append_json, read_json_lines, truncate_log, write_atomically
+from support.pictures import draw_line, plt, save
+from support.settings import COUNT, POSITIVE, describe
+from support.weights import exported, load_encoder, sizes
+from train import learning_rate
 
 # These may change when a run continues.
 FREE = {"data_root", "out", "eval_every", "log_every", "device"}
@@ -208,7 +211,7 @@ def split_images(config, encoder, labelled=False, test="test", resident_gb=4.0):
         raise no_classes
     if labelled:
         ids, val_ids = held_out(train_images, config.val_fraction)
-        ids = ids[train_images.labels[ids] >= 0]
+        ids = ids[train_images.y[ids] >= 0]
     else:                                                  # masks do not ask for labels
         out = spread_out(len(train_images), config.val_fraction)
         ids, val_ids = (~out).nonzero()[:, 0], out.nonzero()[:, 0]

@@ -23,11 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from checkpoint import load_checkpoint, load_run, save_checkpoint  # noqa: E402
-from data import held_out, load_images  # noqa: E402
-from diagnosis import centred_cosine  # noqa: E402
-from features import features, subset  # noqa: E402
-from utils.files import append_json, read_json_lines  # noqa: E402
+from support import report, settings  # noqa: E402
+from support.checkpoint import load_checkpoint, load_run, save_checkpoint  # noqa: E402
+from support.datasets import held_out, load_images  # noqa: E402
+from support.files import append_json, read_json_lines  # noqa: E402
+from support.health import centred_cosine  # noqa: E402
+from support.probes import features, subset  # noqa: E402
 
 HERE = ROOT / "notebooks"
 RUNS = {                                   # as many views of the images each
@@ -40,7 +41,7 @@ TEACHERS = ("labelling_teacher", "reconstruction_teacher")
 
 
 def main():
-    train.save_checkpoint = save_and_keep
+    report.save_checkpoint = save_and_keep                 # which saves
     for name, flags in RUNS.items():                       # a finished run is left as it is
         train.main([*flags, "--data-root", str(ROOT / "data"), "--out", str(folder(name))])
     for name in ("mae", "pl-mae"):
@@ -71,7 +72,7 @@ def half(state):
 
 def plain(file, flags):
     """What a file needs but for weights: folders of this machine do not matter."""
-    resolved = vars(train.resolve(flags))
+    resolved = vars(settings.resolve(flags))
     config = file["config"] | {name: resolved[name] for name in ("out", "data_root")}
     return {name: file[name] for name in ("arch", "step", "mean", "std", "images")} | {
         "config": config}

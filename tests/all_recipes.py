@@ -13,12 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import TOY_SIZE  # noqa: E402
 
 import train  # noqa: E402
+from mae import SIZES  # noqa: E402
+from support import report, settings  # noqa: E402
 
-VARIANTS = {recipe: ["--recipe", recipe] for recipe in train.RECIPES} | {
+VARIANTS = {recipe: ["--recipe", recipe] for recipe in settings.RECIPES} | {
     "centring": ["--balancing", "centring", "--standardise", "position", "--labelled-patches",
                  "visible", "--views", "1"],
-    "me-max": ["--balancing", "me-max", "--standardise", "token", "--labelled-patches", "masked",
-               "--masks", "2"],
+    "me-max": ["--balancing", "me-max", "--standardise", "token", "--labelled-patches", "masked"],
     "labels-and-consistency": ["--recipe", "mim-cluster", "--consistency-weight", "1",
                                "--accumulate", "2"],
     "same-view": ["--teacher-view", "same", "--standardise", "none", "--remove-place"],
@@ -33,9 +34,9 @@ def main(out, *flags):
 def in_two_processes(out, *flags):
     """All of them in one process group, as gloo cannot soon start another one. No pictures: rank 0
     alone draws these. `mae` computes each step in two micro-batches as well."""
-    train.SIZES["micro"] = TOY_SIZE
-    for name in ("curves", "reconstructions", "clusters"):
-        setattr(train, name, lambda *args: None)
+    SIZES["micro"] = TOY_SIZE
+    for name in ("curves", "draw_rows", "clusters"):
+        setattr(report, name, lambda *args: None)
     VARIANTS["mae"] += ["--accumulate", "2"]
     start, end = distributed.init_process_group, distributed.destroy_process_group
 

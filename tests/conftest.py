@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import eval as evaluation  # noqa: E402
-from data import Images  # noqa: E402
+from support import report  # noqa: E402
+from support.datasets import Images  # noqa: E402
 
 torch.set_num_threads(1)                   # on tiny tensors a second thread costs more
 
@@ -30,7 +31,7 @@ def run(*args, processes=None, ok=True, **kwargs):
     if processes:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(processes)]
-    if args[0].startswith("extras."):                      # which are run as modules
+    if args[0].startswith(("extras.", "results.")):                      # which are run as modules
         command += ["-m", *map(str, args)]
     else:
         command += [str(ROOT / args[0]), *map(str, args[1:])]
@@ -82,9 +83,8 @@ def small_run(small_flags, tmp_path):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Runs that are not about pictures draw none: most of a small run's time is matplotlib's."""
-    import train
     for name in ("curves", "draw_rows", "clusters"):
-        monkeypatch.setattr(train, name, lambda *args: None)
+        monkeypatch.setattr(report, name, lambda *args: None)
 
 
 # ------------------------------------------------------------------------------ images in memory
@@ -92,10 +92,10 @@ def no_pictures(monkeypatch):
 MEAN, STD = [0.5, 0.4, 0.6], [0.2, 0.3, 0.25]
 
 
-def some_images(n, labels=None, classes=()):
+def some_images(n, y=None, classes=()):
     pixels = torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8)
-    labels = torch.full((n,), -1) if labels is None else labels
-    return Images(labels, list(classes), (16, 16), 3, pixels)
+    y = torch.full((n,), -1) if y is None else y
+    return Images(y, list(classes), (16, 16), 3, pixels)
 
 
 def inputs(images, ids, dtype=torch.float64):

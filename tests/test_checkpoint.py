@@ -11,21 +11,13 @@ from conftest import TOY
 from PIL import Image
 
 import train
-from checkpoint import (
-    continue_from,
-    from_official,
-    load_checkpoint,
-    load_encoder,
-    load_run,
-    resize_positions,
-    save_checkpoint,
-    to_official,
-)
-from data import Images, mean_std
 from mae import SIZES, MaskedAutoencoder, VisionTransformer
-from utils.command_line import UsageError
-from utils.files import write_atomically
-from utils.images import IMAGENET_MEAN, IMAGENET_STD
+from support.checkpoint import continue_from, load_checkpoint, load_run, save_checkpoint
+from support.command_line import UsageError
+from support.datasets import Images, mean_std
+from support.files import write_atomically
+from support.images import IMAGENET_MEAN, IMAGENET_STD
+from support.weights import from_official, load_encoder, resize_positions, to_official
 
 WIDE = {**TOY, "embed_dim": 128}               # two heads of 64, as load_encoder takes them to be
 

@@ -10,10 +10,10 @@ from conftest import TOY_SIZE, record_of
 from PIL import Image
 
 import train
-from data import load_images
 from mae import SIZES
-from utils.coco import read_coco
-from utils.command_line import UsageError
+from support.coco import read_coco
+from support.command_line import UsageError
+from support.datasets import load_images
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_classes_of_images(coco):
         assert red == (picture[:10, :, 0].mean() > 100)
         assert blue == (picture[10:, :, 2].mean() > 100) and none == 0
     images = load_images("coco", coco, "test", 16)
-    assert len(images) == 20 and (images.labels == -1).all() and images.pixels is not None
+    assert len(images) == 20 and (images.y == -1).all() and images.pixels is not None
     assert images.targets["multilabel"].dtype == torch.uint8
 
 

@@ -4,9 +4,9 @@ from itertools import permutations
 import matplotlib.colors
 import pytest
 
-import train
 from extras import compare
-from utils.command_line import UsageError
+from support import settings
+from support.command_line import UsageError
 
 STEPS = 10                                 # of an epoch, in these runs
 
@@ -15,7 +15,7 @@ def write_run(folder, knn, *flags, judged=(), epochs_done=None, mean=(0.4, 0.5, 
     """A folder as train.py and eval.py leave it. knn: of the class and the mean token at the end,
     each 0.1 at the beginning; None: without labels. judged: what differs from the usual record of
     eval.py."""
-    config = vars(train.resolve([*flags, "--out", str(folder)]))
+    config = vars(settings.resolve([*flags, "--out", str(folder)]))
     end = config["epochs"] if epochs_done is None else epochs_done
     begin, last = {"step": 0, "epoch": 0.0}, {"step": end * STEPS, "epoch": float(end)}
     if knn:
@@ -109,7 +109,7 @@ def test_columns_are_the_yardsticks_that_all_runs_have(tmp_path):
 # ------------------------------------------------------------------------------- settings
 
 def config(*flags):
-    return vars(train.resolve(list(flags)))
+    return vars(settings.resolve(list(flags)))
 
 
 def test_what_cannot_change_a_result_makes_no_setting():

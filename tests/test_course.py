@@ -53,7 +53,7 @@ def write_kmnist(root):
 @pytest.mark.slow
 @pytest.mark.parametrize("command, file, diff", CHANGES)
 def test_trains(command, file, diff, tmp_path, small_flags):
-    for path in (*ROOT.glob("*.py"), ROOT / "utils"):
+    for path in (*ROOT.glob("*.py"), ROOT / "support"):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
     (tmp_path / file).write_text(changed(file, diff))
     flags = small_flags

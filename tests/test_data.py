@@ -8,21 +8,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from data import (
-    SETS,
-    Batches,
-    Images,
-    crop_boxes,
-    crop_flip,
-    held_out,
-    load_images,
-    mean_std,
-    read,
-    recolour,
-    views_first,
-)
-from utils.command_line import UsageError
-from utils.shapes import KINDS, scene
+from data import Batches, crop_boxes, crop_flip, recolour, views_first
+from support import datasets
+from support.command_line import UsageError
+from support.datasets import SETS, Images, held_out, load_images, mean_std, read
+from support.shapes import KINDS, scene
 
 
 def toy(n=12, side=16, channels=3):
@@ -160,12 +150,11 @@ def test_ranks_and_micro_batches_are_parts_of_the_global_batch(views):
                 assert torch.equal(part.noise, noise)
 
 
-def test_each_mask_of_a_view_has_noise_of_its_own():
-    one, two = first(toy(), views=2), first(toy(), views=2, masks=2)
-    assert one.noise.shape == (8, 16) and two.noise.shape == (16, 16)
-    assert len({tuple(row) for row in two.noise.tolist()}) == 16
-    numbers = batches(toy(), views=2, masks=2).numbers(0)["noise"]             # n views k N
-    assert torch.equal(two.noise[8 + 4 + 1], numbers[1, 1, 1])     # mask 1 of view 1 of image 1
+def test_each_view_has_noise_of_its_own():
+    noise = first(toy(), views=2).noise
+    assert noise.shape == (8, 16) and len({tuple(row) for row in noise.tolist()}) == 8
+    numbers = batches(toy(), views=2).numbers(0)["noise"]                      # n views N
+    assert torch.equal(noise[4 + 1], numbers[1, 1])        # view 1 of image 1
 
 
 def test_the_teacher_sees_the_students_view_if_asked_to():
@@ -190,7 +179,7 @@ def test_the_teachers_view_has_the_same_crops_and_colours_of_its_own(photos, res
 
 
 def test_the_teachers_view_changes_no_other_number():
-    same, other = (next(batches(toy(), views=2, masks=2, colours=1.0, teacher_view=how).run(2, 3))
+    same, other = (next(batches(toy(), views=2, colours=1.0, teacher_view=how).run(2, 3))
                    for how in ("same", "other-colours"))
     assert torch.equal(same.student, other.student) and torch.equal(same.noise, other.noise)
     assert not torch.equal(other.student, other.teacher)
@@ -200,11 +189,11 @@ def test_the_teachers_view_changes_no_other_number():
 @pytest.mark.parametrize("streamed", [False, True])
 def test_augmentation_runs_on_a_gpu_and_reads_nothing_back(streamed, channels):
     """A played GPU: mixing devices raises, and so does every value that the host wants to know."""
-    n, views, masks, patches = 4, 2, 2, 16
+    n, views, patches = 4, 2, 16
     with FakeTensorMode(), torch.device("cuda", 0):
         pixels = torch.empty(12, channels, 20, 24, dtype=torch.uint8)
         images = Images(torch.empty(12), [], (16, 16), channels, None if streamed else pixels)
-        batch = batches(images, views=views, masks=masks, colours=1.0,
+        batch = batches(images, views=views, colours=1.0,
                         teacher_view="other-colours", device=torch.device("cuda", 0))
         numbers = {
             "ids": torch.empty(n, dtype=torch.int64),
@@ -212,12 +201,12 @@ def test_augmentation_runs_on_a_gpu_and_reads_nothing_back(streamed, channels):
             "flip": torch.empty(n, views),
             "colour": torch.empty(n, views, 6),
             "teacher_colour": torch.empty(n, views, 6),
-            "noise": torch.empty(n, views, masks, patches),
+            "noise": torch.empty(n, views, patches),
         }
         files = torch.empty(n, views, channels, 16, 16, dtype=torch.uint8)
         seen = batch.augment(numbers, files if streamed else pixels[numbers["ids"]][:, None])
         assert seen.student.shape == seen.teacher.shape == (8, channels, 16, 16)
-        assert seen.noise.shape == (16, patches)
+        assert seen.noise.shape == (8, patches)
         assert {t.device for t in seen} == {torch.device("cuda", 0)}
 
 
@@ -251,13 +240,13 @@ def test_image_folder(photos):
     train, test = (load_images("imagefolder", photos, split, 16) for split in ("train", "test"))
     assert train.pixels.shape == (72, 3, 16, 16)
     assert train.classes == test.classes == ["blue", "green", "red"]
-    assert train.labels.bincount().tolist() == [24] * 3
-    assert test.labels.bincount().tolist() == [6] * 3
+    assert train.y.bincount().tolist() == [24] * 3
+    assert test.y.bincount().tolist() == [6] * 3
     wide = load_images("imagefolder", photos, "train", (8, 24), 1)
     assert wide.pixels.shape == (72, 1, 8, 24)
     train_ids, val_ids = held_out(train, 0.25)
     assert sorted([*train_ids.tolist(), *val_ids.tolist()]) == list(range(72))
-    assert train.labels[val_ids].bincount().tolist() == [6] * 3
+    assert train.y[val_ids].bincount().tolist() == [6] * 3
 
 
 def test_a_plain_folder_has_no_labels(tmp_path):
@@ -265,7 +254,7 @@ def test_a_plain_folder_has_no_labels(tmp_path):
     for place in ("1.png", "deep/2.JPG"):
         Image.new("RGB", (8, 8)).save(tmp_path / place)
     images = load_images("imagefolder", tmp_path, "train", 8)
-    assert images.labels.tolist() == [-1, -1] and images.classes == []
+    assert images.y.tolist() == [-1, -1] and images.classes == []
     train_ids, val_ids = held_out(images, 0.5)
     assert train_ids.tolist() == [0, 1] and len(val_ids) == 0
 
@@ -325,7 +314,7 @@ def test_arrays_of_torchvisions_sets(monkeypatch, tmp_path):
         def make(root, *, name=name, attributes=attributes, **which):
             asked[name] = which
             return SimpleNamespace(**attributes)
-        monkeypatch.setattr(data.datasets, name, make)
+        monkeypatch.setattr(datasets.datasets, name, make)
     cifar, fashion, stl = (load_images(name, tmp_path, "train")
                            for name in ("cifar10", "fashion-mnist", "stl10"))
     for name, images in (("cifar10", cifar), ("fashion-mnist", fashion), ("stl10", stl)):
@@ -333,7 +322,7 @@ def test_arrays_of_torchvisions_sets(monkeypatch, tmp_path):
         assert images.pixels.shape == (5, SETS[name].channels, side, side)
         assert images.size == (side, side) and side % SETS[name].patch == 0
     assert torch.equal(cifar.pixels[2, :, 3, 4], torch.from_numpy(colours[2, 3, 4]))
-    assert cifar.labels.tolist() == labels and held_out(stl, 0.5)[1].tolist() == [1]
+    assert cifar.y.tolist() == labels and held_out(stl, 0.5)[1].tolist() == [1]
     assert asked["STL10"]["split"] == "train+unlabeled" and asked["CIFAR10"]["train"] is True
     load_images("stl10", tmp_path, "test"), load_images("cifar10", tmp_path, "test")
     assert asked["STL10"]["split"] == "test" and asked["CIFAR10"]["train"] is False

@@ -14,7 +14,7 @@ pytest.importorskip("pycocotools")
 import train
 from extras import detect, tuning
 from mae import MaskedAutoencoder, VisionTransformer
-from utils.command_line import UsageError
+from support.command_line import UsageError
 
 SMALL = ["--batch-size", "4", "--epochs", "2", "--eval-every", "1", "--log-every", "1", "--device",
          "cpu", "--width", "8"]
@@ -129,7 +129,7 @@ def test_objects_of_shapes():
 
 def shapes(n):
     from data import Images
-    from utils.shapes import KINDS, scene
+    from support.shapes import KINDS, scene
     columns = [torch.stack([torch.as_tensor(each) for each in column])
                for column in zip(*map(scene, range(n)))]
     pixels, labels, multilabel, masks, owners, boxes = columns

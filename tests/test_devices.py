@@ -12,13 +12,16 @@ import torch
 from conftest import TOY
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import pseudo_labels
 import train
-from data import Batches, Images, draw
+from data import Batches, draw
 from extras import finetune, segment, tuning
 from mae import VisionTransformer
-from pseudo_labels import BALANCING, count_labels
-from utils import devices
-from utils.command_line import UsageError
+from pseudo_labels import BALANCING, Student, count_labels
+from support import datasets, devices, report, settings
+from support.command_line import UsageError
+from support.datasets import Images
+from teachers import make_teachers
 
 GPU = torch.device("cuda", 0)
 # deepcopy asks fake tensors for their place in memory, which they do not have
@@ -32,25 +35,25 @@ class PlayedGPU(FakeTensorMode):
 
 def step_on_a_played_gpu(*flags):
     """Augmentation, both teachers, student, losses, counts of labels and the EMA: one step."""
-    config = train.resolve(["--img-size", "16", "--patch-size", "4", "--batch-size", "4",
-                            "--image-clusters", "4", "--patch-clusters", "7", *flags])
-    arch = train.architecture(config, 3) | TOY
+    config = settings.resolve(["--img-size", "16", "--patch-size", "4", "--batch-size", "4",
+                               "--image-clusters", "4", "--patch-clusters", "7", *flags])
+    arch = settings.architecture(config, 3) | TOY
     if config.target == "tokens":
         arch["target_dim"] = TOY["embed_dim"]
     with PlayedGPU():
         pixels = torch.zeros(4, 3, 20, 24, dtype=torch.uint8, device=GPU)
         images = Images(torch.zeros(4), [], (16, 16), 3, pixels)
         batches = Batches(images, torch.zeros(4), [0.5] * 3, [0.2] * 3, seed=0, batch=4, patches=16,
-                          views=config.views, masks=config.masks, smallest=config.crop,
+                          views=config.views, smallest=config.crop,
                           colours=config.colours, teacher_view=config.teacher_view, device=GPU)
         numbers = {name: values.to(GPU)
-                   for name, values in draw(0, 0, 4, config.views, config.masks, 16).items()}
+                   for name, values in draw(0, 0, 4, config.views, 16).items()}
         views = batches.augment(numbers, pixels[:, None])
         with GPU:                          # not by `train.build`: fake modules do not move by .to()
-            student = train.Student(**arch)
-        teachers = train.make_teachers(student, config)
+            student = Student(**arch)
+        teachers = make_teachers(student, config)
         loss, terms, labels, targets = train.training_step(student, teachers, views, config)
-        meter = train.Meter(0)
+        meter = report.Meter(0)
         meter.add(loss, terms, labels, 1)
         teachers.follow(student, {"labelling": 0.9, "reconstruction": 0.99})
     everything = [loss, *terms.values(), *labels.values(), *targets.values(), *meter.sums.values(),
@@ -62,12 +65,12 @@ def step_on_a_played_gpu(*flags):
 
 
 @pytest.mark.parametrize("balancing", BALANCING)
-@pytest.mark.parametrize("name", train.RECIPES)
+@pytest.mark.parametrize("name", settings.RECIPES)
 def test_no_device_is_mixed_and_no_value_is_read(name, balancing):
     step_on_a_played_gpu("--recipe", name, "--balancing", balancing)
 
 
-@pytest.mark.parametrize("name", [n for n in all_recipes.VARIANTS if n not in train.RECIPES])
+@pytest.mark.parametrize("name", [n for n in all_recipes.VARIANTS if n not in settings.RECIPES])
 def test_nor_in_any_other_variant(name):
     step_on_a_played_gpu(*all_recipes.VARIANTS[name])
 
@@ -95,7 +98,7 @@ def test_the_played_gpu_has_teeth(monkeypatch):
         return count_labels(labels)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "count_labels", reads_a_value)
+        patch.setattr(report, "count_labels", reads_a_value)
         with pytest.raises(DataDependentOutputException):
             step_on_a_played_gpu()
 
@@ -103,7 +106,7 @@ def test_the_played_gpu_has_teeth(monkeypatch):
         return labels + torch.zeros(labels.shape)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "swap_views", mixes_devices)
+        patch.setattr(pseudo_labels, "swap_views", mixes_devices)
         with pytest.raises(RuntimeError, match="device"):
             step_on_a_played_gpu()
 
@@ -185,10 +188,10 @@ def test_the_device_is_chosen_before_processes_meet_and_tensors_are_made(monkeyp
         order.append("tensors")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "choose_device", choose)
-    monkeypatch.setattr(train, "start_processes", start)
-    for name in ("load_images", "build", "mean_std"):
-        monkeypatch.setattr(train, name, make)
+    monkeypatch.setattr(devices, "choose_device", choose)
+    monkeypatch.setattr(devices, "start_processes", start)
+    for where, name in ((datasets, "load_images"), (datasets, "mean_std"), (train, "build")):
+        monkeypatch.setattr(where, name, make)
     with pytest.raises(KeyboardInterrupt):
         train.main(["--recipe", "mae"])
     assert order == ["device", "processes", "tensors"]

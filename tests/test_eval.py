@@ -1,7 +1,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,12 +11,13 @@ from conftest import MEAN, STD, TOY, TOY_SIZE, inputs, record_of, some_images
 from PIL import Image
 
 import eval as evaluation
-import features as frozen
 import train
-from checkpoint import kept_network, load_encoder, load_run, to_official
 from mae import SIZES
 from pseudo_labels import Student
-from utils import probes, shapes
+from support import pictures, probes, report, shapes, weights
+from support.checkpoint import load_run
+from support.settings import kept_network
+from support.weights import load_encoder, to_official
 
 CPU = torch.device("cpu")
 
@@ -34,21 +34,21 @@ def blobs(n, seed=0, classes=3, dim=8):
 def test_features_are_the_class_token_and_the_mean_of_the_patches(monkeypatch):
     images, ids = some_images(20), torch.tensor([3, 17, 4, 9, 11])
     encoder = Student(**TOY).mae.encoder.double()
-    monkeypatch.setattr(frozen, "CHUNK", 2)            # two, two, and one that is left over
-    found = frozen.features(encoder, images, ids, MEAN, STD, CPU)
+    monkeypatch.setattr(probes, "CHUNK", 2)            # two, two, and one that is left over
+    found = probes.features(encoder, images, ids, MEAN, STD, CPU)
     tokens = encoder(inputs(images, ids)).float()
     assert found.keys() == {"class", "mean"} and not found["class"].requires_grad
     torch.testing.assert_close(found["class"], tokens[:, 0])
     torch.testing.assert_close(found["mean"], tokens[:, 1:].mean(1))
-    pixels = frozen.features(None, images, ids, MEAN, STD, CPU)
+    pixels = probes.features(None, images, ids, MEAN, STD, CPU)
     torch.testing.assert_close(pixels, {"pixels": inputs(images, ids, torch.float32).flatten(1)})
 
 
 def test_a_subset_is_evenly_spread():
     ids = torch.arange(100, 200)
-    assert frozen.subset(ids, 4).tolist() == [100, 133, 166, 199]
-    assert torch.equal(frozen.subset(ids, 100), ids)
-    assert torch.equal(frozen.subset(ids, 1000), ids)
+    assert probes.subset(ids, 4).tolist() == [100, 133, 166, 199]
+    assert torch.equal(probes.subset(ids, 100), ids)
+    assert torch.equal(probes.subset(ids, 1000), ids)
 
 
 def test_knn_equals_brute_force():
@@ -86,12 +86,12 @@ def test_classify_tunes_on_validation_images_and_then_uses_all():
     scores = [probes.accuracy(p, y[val]) for p in val_predictions]
     best = probes.LINEAR_RATES[scores.index(max(scores))]
     assert len(set(scores)) > 1
-    validation, predictions = evaluation.classify("linear", x, y, val, test_x, 3)
+    validation, predictions = probes.classify("linear", x, y, val, test_x, 3)
     assert validation == max(scores)
     assert torch.equal(predictions, probes.linear(x, y, test_x, 3, rates=[best])[0])
-    assert evaluation.classify("linear", x, y, val, 9 * torch.randn(60, 100), 3)[0] == validation
+    assert probes.classify("linear", x, y, val, 9 * torch.randn(60, 100), 3)[0] == validation
 
-    validation, predictions = evaluation.classify("knn", x, y, val, test_x, 3)
+    validation, predictions = probes.classify("knn", x, y, val, test_x, 3)
     on_val = probes.knn(x[~val], y[~val], x[val], 3)
     assert validation == probes.accuracy(on_val, y[val])
     assert torch.equal(predictions, probes.knn(x, y, test_x, 3))
@@ -126,8 +126,7 @@ def test_the_token_that_is_named_is_reported(untrained, capsys):
 
 
 def load(path, network):
-    options = SimpleNamespace(num_heads=None, img_size=None)
-    return evaluation.load_network(str(path), network, options)
+    return weights.load_network(str(path), network)
 
 
 @pytest.mark.parametrize("recipe", ["pl-mae", "rc-mae"])
@@ -207,7 +206,7 @@ def test_choices_do_not_depend_on_the_test_labels(
         return fit(*args, rates=rates, epochs=30)
 
     fit = probes.linear
-    monkeypatch.setattr(evaluation, "linear", linear)
+    monkeypatch.setattr(probes, "linear", linear)
     roots = [hard_photos] + [with_other_test_labels(hard_photos, tmp_path / str(seed), seed)
                              for seed in range(4)]
     records, rates = [], []
@@ -254,8 +253,8 @@ def test_lowshot(untrained, capsys):
     assert record["top1"]["10"] == pytest.approx(sum(found["10"]) / 2, abs=1e-4)
     assert record["top1"]["10"] > record["guessing"] + 0.3                     # hues: easy
     strengths = record["strengths"]["class"]
-    assert set(strengths["1"]) == {evaluation.ONE_STRENGTH}
-    assert set(strengths["10"]) <= set(evaluation.STRENGTHS)
+    assert set(strengths["1"]) == {probes.ONE_STRENGTH}
+    assert set(strengths["10"]) <= set(probes.STRENGTHS)
 
 
 def test_lowshot_says_where_there_are_fewer_images_than_asked_for(untrained, photos, tmp_path,
@@ -298,7 +297,7 @@ def test_differences_are_of_the_same_draws():
     record = {"task": "lowshot", "split": "test", "token": "mean", "guessing": 0.1}
     records = {"a": record | {"tokens": {"mean": {"1": [0.2, 0.4]}}},
                "b": record | {"tokens": {"mean": {"1": [0.3, 0.5]}}}}
-    assert evaluation.table("lowshot", records, {"a", "b"}).splitlines() == [
+    assert report.table("lowshot", records, {"a", "b"}).splitlines() == [
         "lowshot, test, %             1", "a, mean            30.0 ± 14.1",
         "b, mean            40.0 ± 14.1", "  minus the first  +10.0 ± 0.0",
         "guessing                  10.0"]
@@ -335,15 +334,15 @@ def test_features_are_written(untrained, photos, capsys, tmp_path, split, n):
     encoder, transform = load_encoder(untrained)
     image = transform(Image.open(found["paths"][2]))
     np.testing.assert_allclose(found["class_token"][2], encoder(image[None])[0, 0], atol=1e-4)
-    assert Path(found["paths"][2]).parent.name == found["classes"][found["labels"][2]]
+    assert Path(found["paths"][2]).parent.name == found["classes"][found["y"][2]]
     if split == "train":
         assert found["held_out"].sum() == 7
-    assert record["arrays"]["labels"] == [n]
+    assert record["arrays"]["y"] == [n]
 
 
 def test_attention_is_what_the_class_token_gathers_values_by():
     encoder, imgs = Student(**TOY).mae.encoder, torch.randn(2, 3, 16, 16)
-    weights = frozen.class_attention(encoder, imgs)                                # B heads N
+    weights = probes.class_attention(encoder, imgs)                                # B heads N
     assert weights.shape == (2, 2, 16) and (weights.sum(-1) < 1).all()
     attention, seen = encoder.blocks[-1].attn, {}
     attention.proj.register_forward_pre_hook(lambda _, inputs: seen.update(out=inputs[0]))
@@ -357,7 +356,7 @@ def test_attention_is_what_the_class_token_gathers_values_by():
 
 def test_components_are_the_directions_of_the_largest_variance():
     x = torch.randn(500, 6) * torch.tensor([1.0, 5.0, 0.1, 2.0, 0.1, 0.1]) + 7
-    points, shares = evaluation.first_components(x)
+    points, shares = probes.first_components(x)
     assert abs(torch.corrcoef(torch.stack([points[:, 0], x[:, 1]]))[0, 1]) > 0.99
     assert abs(torch.corrcoef(torch.stack([points[:, 1], x[:, 3]]))[0, 1]) > 0.99
     assert points.std(0).tolist() == pytest.approx([5, 2], rel=0.1)
@@ -370,7 +369,8 @@ def test_components_are_the_directions_of_the_largest_variance():
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_pictures(untrained, monkeypatch, network, names, split):
     drawn = {}
-    monkeypatch.setattr(evaluation, "draw_neighbours", lambda rows, *rest: drawn.update(rows=rows))
+    monkeypatch.setattr(report, "draw_rows", pictures.draw_rows)       # of runs none are drawn here
+    monkeypatch.setattr(report, "draw_neighbours", lambda rows, *rest: drawn.update(rows=rows))
     evaluation.main(["knn", "--checkpoint", untrained, "--device", "cpu", "--pictures", "--network",
                      network, "--split", split])
     found = {path.stem for path in Path(untrained).parent.glob(f"*-{network}.png")}
@@ -378,8 +378,8 @@ def test_pictures(untrained, monkeypatch, network, names, split):
     right = [label == labels[0] for _, labels in drawn["rows"] for label in labels[1:]]
     assert len(drawn["rows"]) == (8 if split == "test" else 7)
     assert sum(right) > 0.6 * len(right)                   # hues: neighbours are of a class
-    for pictures, _ in drawn["rows"]:                      # none is its own neighbour
-        assert not any(np.array_equal(pictures[0], each) for each in pictures[1:])
+    for shown, _ in drawn["rows"]:                         # none is its own neighbour
+        assert not any(np.array_equal(shown[0], each) for each in shown[1:])
 
 
 # ---------------------------------------------------------------------------------- what is refused

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from extras import exercise
-from utils.command_line import UsageError
+from support.command_line import UsageError
 
 
 def run_tests(folder, name):

@@ -9,9 +9,11 @@ from conftest import TOY, TOY_SIZE, record_of
 from test_checkpoint import assert_same, saved, shaken
 
 import train
-from checkpoint import export, load_encoder, load_run, to_official
 from mae import SIZES, MaskedAutoencoder, VisionTransformer
-from utils.command_line import UsageError
+from support import report
+from support.checkpoint import load_run
+from support.command_line import UsageError
+from support.weights import export, load_encoder, to_official
 
 INFO = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
 
@@ -132,7 +134,7 @@ def test_a_run_that_started_from_a_file_continues(toy_flags, tmp_path):
         raise Cut
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "curves", cut)                # after the first checkpoint
+        patch.setattr(report, "curves", cut)                # after the first checkpoint
         with pytest.raises(Cut):
             train.main([*flags, "--out", str(tmp_path / "cut")])
     train.main([*flags, "--out", str(tmp_path / "cut")])

@@ -7,12 +7,13 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
-from checkpoint import load_encoder
-from data import Batches, load_images
+from data import Batches
 from mae import VisionTransformer
-from utils import images
-from utils.command_line import UsageError
-from utils.images import IMAGENET_MEAN, IMAGENET_STD, decode, fit, image_transform
+from support import images
+from support.command_line import UsageError
+from support.datasets import load_images
+from support.images import IMAGENET_MEAN, IMAGENET_STD, decode, fit, image_transform
+from support.weights import load_encoder
 
 
 def only_batch(set_of_images):

@@ -211,5 +211,5 @@ print(*sys.modules)
     said, modules = output.splitlines()
     assert said == f"{tmp_path}/mae.py 2 64 48 96"
     loaded = {name.split(".")[0] for name in modules.split()}
-    project = {path.stem for path in ROOT.glob("*.py")} | {"utils", "extras"}
+    project = {path.stem for path in ROOT.glob("*.py")} | {"support", "extras", "results"}
     assert loaded & (project | {"torchvision", "PIL", "matplotlib"}) == {"mae"}

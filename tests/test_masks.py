@@ -13,9 +13,9 @@ from PIL import Image
 import eval as evaluation
 import train
 from mae import SIZES
-from utils import probes
-from utils.command_line import UsageError
-from utils.masks import classes_in, count_pixels, mask_path, read_mask
+from support import probes
+from support.command_line import UsageError
+from support.masks import classes_in, count_pixels, mask_path, read_mask
 
 
 def test_pixels_of_a_patch_are_counted_by_class():
@@ -80,10 +80,10 @@ def test_paint_finds_what_is_in_the_tokens():
     said = torch.randn(60, 16, 8)
     said[..., :3] += 5 * torch.nn.functional.one_hot(classes, 3)
     val = torch.arange(60) % 5 == 0
-    good, painted = evaluation.paint(said, counts, val, None)
+    good, painted = probes.paint(said, counts, val, None)
     assert good > 0.95 and painted.shape == (12, 16)
     assert probes.mean_iou(painted, counts[val]) == good
-    bad, painted = evaluation.paint(torch.randn(60, 16, 8), counts, val, said[:7])
+    bad, painted = probes.paint(torch.randn(60, 16, 8), counts, val, said[:7])
     assert bad < 0.5 and painted.shape == (7, 16)
 
 
@@ -145,7 +145,7 @@ def test_patches_of_pairs_of_files(pairs, checkpoint, capsys):
 
 
 def test_patches_of_shapes_names_its_kinds(checkpoint, capsys, monkeypatch, tmp_path):
-    from utils import shapes
+    from support import shapes
     monkeypatch.setattr(shapes, "SCENES", {"train": (0, 30), "test": (100, 10)})
     found = patches(capsys, "--checkpoint", checkpoint, "--data", "shapes", "--data-root", tmp_path)
     assert list(found["iou"])[:3] == ["ground", "disc", "triangle"] and len(found["iou"]) == 11

@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-import train
-from checkpoint import OLDER, load_checkpoint
+from support import settings
+from support.checkpoint import load_checkpoint
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
@@ -33,10 +33,10 @@ def test_there_are_six():
 def test_models_are_of_the_present_defaults(file, run):
     """Otherwise `python notebooks/make_checkpoints.py` and the notebooks have to be run again."""
     from make_checkpoints import RUNS
-    kept = OLDER | load_checkpoint(FOLDER / f"{file}.pt")["config"]
-    now = vars(train.resolve(RUNS[run]))
-    for name in now.keys() | kept.keys():
-        assert name in train.FREE or now[name] == kept[name], name
+    kept = load_checkpoint(FOLDER / f"{file}.pt")["config"]
+    now = vars(settings.resolve(RUNS[run]))
+    for name in now:
+        assert name in settings.FREE or now[name] == kept[name], name
 
 
 def test_models_take_less_than_six_megabytes():

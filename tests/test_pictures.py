@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils import pictures
-from utils.pictures import (
+from support import pictures
+from support.pictures import (
     curves,
     draw_components,
     draw_few,

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import eval as evaluation
-from utils.probes import (
+from support import probes
+from support.probes import (
     accuracy,
     average_precision,
     centred,
@@ -100,19 +100,19 @@ def test_the_strength_is_chosen_on_validation_images_which_do_not_train():
     """Against the same by hand."""
     (x, y), (test_x, test_y) = hard_blobs(300), hard_blobs(100, seed=1)
     val, names = torch.arange(300) % 3 == 0, list("abcd")
-    picked = evaluation.pick_few(y, 4, ~val, "10", 5)
+    picked = probes.pick_few(y, 4, ~val, "10", 5)
     assert not val[picked].any()
     scores = {strength: accuracy(predict(logistic_regression(x[picked], y[picked], 4, strength),
                                          x[val]).argmax(1), y[val])
-              for strength in evaluation.STRENGTHS}
-    fit = evaluation.fit_draw(x, y, names, val, "10", 5, test_x, test_y)
+              for strength in probes.STRENGTHS}
+    fit = probes.fit_draw(x, y, names, val, "10", 5, test_x, test_y)
     assert len(set(scores.values())) > 1
     assert fit.validation == pytest.approx(max(scores.values()), abs=0.011)    # one image of 100
     assert fit.images == len(picked)
     weights = logistic_regression(x[picked], y[picked], 4, fit.strength)
     on_test = accuracy(predict(weights, test_x).argmax(1), test_y)
     assert fit.score == pytest.approx(on_test, abs=0.02)
-    on_validation = evaluation.fit_draw(x, y, names, val, "10", 5, None, None)
+    on_validation = probes.fit_draw(x, y, names, val, "10", 5, None, None)
     assert on_validation.score == on_validation.validation == fit.validation
 
 
@@ -120,7 +120,7 @@ def test_all_labels_are_all_once_the_strength_is_chosen():
     (x, y), (test_x, test_y) = hard_blobs(60), hard_blobs(100, seed=1)
     several, test_several = F.one_hot(y, 4), F.one_hot(test_y, 4)
     val = torch.arange(60) % 3 == 0
-    fit = evaluation.fit_draw(x, several, list("abcd"), val, "all", 0, test_x, test_several)
+    fit = probes.fit_draw(x, several, list("abcd"), val, "all", 0, test_x, test_several)
     weights = logistic_regression(x, several, 4, fit.strength)
     assert fit.images == 60
     assert fit.score == pytest.approx(mean_average_precision(predict(weights, test_x),
@@ -135,38 +135,38 @@ def test_so_many_of_each_class_are_picked():
     y[:60] = 0                                             # classes are not alike in number
     before = torch.tensor([], dtype=torch.long)
     for labels in ("1", "2", "5", "10"):
-        picked = evaluation.pick_few(y, 3, pool, labels, seed=3)
+        picked = probes.pick_few(y, 3, pool, labels, seed=3)
         assert y[picked].bincount().tolist() == 3 * [int(labels)]
         assert pool[picked].all() and len(picked.unique()) == len(picked)
         assert torch.isin(before, picked).all()            # those of a row are in the next one
-        assert torch.equal(picked, evaluation.pick_few(y, 3, pool, labels, seed=3))
+        assert torch.equal(picked, probes.pick_few(y, 3, pool, labels, seed=3))
         before = picked
     assert not torch.equal(picked.sort().values,
-                           evaluation.pick_few(y, 3, pool, "10", seed=4).sort().values)
+                           probes.pick_few(y, 3, pool, "10", seed=4).sort().values)
 
 
 def test_a_share_is_of_each_class_and_at_least_one_image():
     y = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
     pool = torch.ones(1000, dtype=torch.bool)
     for labels, want in (("10%", [90, 9, 1]), ("1%", [9, 1, 1])):
-        assert y[evaluation.pick_few(y, 3, pool, labels, 0)].bincount().tolist() == want
+        assert y[probes.pick_few(y, 3, pool, labels, 0)].bincount().tolist() == want
 
 
 def test_a_class_with_fewer_images_gives_all_it_has():
     y, pool = torch.tensor([0] * 8 + [1] * 3), torch.ones(11, dtype=torch.bool)
     pool[8] = False
-    assert y[evaluation.pick_few(y, 3, pool, "5", 0)].bincount().tolist() == [5, 2]
-    assert len(evaluation.pick_few(y, 3, pool, "all", 0)) == 10
+    assert y[probes.pick_few(y, 3, pool, "5", 0)].bincount().tolist() == [5, 2]
+    assert len(probes.pick_few(y, 3, pool, "all", 0)) == 10
 
 
 def test_images_with_several_classes_are_picked_for_any_of_them():
     y = (torch.rand(200, 4) < 0.3).long()
     pool = torch.ones(200, dtype=torch.bool)
-    picked = evaluation.pick_few(y, 4, pool, "5", 0)
+    picked = probes.pick_few(y, 4, pool, "5", 0)
     assert (y[picked].sum(0) >= 5).all() and len(picked) <= 20
-    assert len(evaluation.pick_few(y, 4, pool, "10%", 0)) == 20
+    assert len(probes.pick_few(y, 4, pool, "10%", 0)) == 20
 
 
 def test_guessing():
-    assert evaluation.guessing(torch.tensor([0, 0, 0, 1])) == 0.75
-    assert evaluation.guessing(torch.tensor([[1, 0, 0], [1, 1, 0]])) == 0.75   # (1 + 1/2) / 2
+    assert probes.guessing(torch.tensor([0, 0, 0, 1])) == 0.75
+    assert probes.guessing(torch.tensor([[1, 0, 0], [1, 1, 0]])) == 0.75   # (1 + 1/2) / 2

@@ -29,8 +29,8 @@ from pseudo_labels import (
     sinkhorn,
     swap_views,
 )
+from support import ranks
 from teachers import Teacher
-from utils import ranks
 
 
 def settings(balancing, teacher_temperature=0.05):
@@ -241,7 +241,7 @@ def test_koleo_of_one_image_is_nothing():
 # ------------------------------------------------------------------------------------ several ranks
 
 class PlayedRanks:
-    """What utils.ranks needs of torch.distributed. Each thread is a rank."""
+    """What support.ranks needs of torch.distributed. Each thread is a rank."""
 
     ReduceOp = SimpleNamespace(SUM=torch.Tensor.sum, MAX=torch.Tensor.amax)
 
@@ -398,12 +398,12 @@ def test_student_is_a_masked_autoencoder_and_its_heads():
     states, each at its own place."""
     student = Student(**TOY, image_clusters=5, patch_clusters=7, target_dim=32).double()
     assert isinstance(student.mae, MaskedAutoencoder)
-    imgs = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    noise = torch.rand(4, 16, dtype=torch.float64)         # two masks of two views
+    imgs = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    noise = torch.rand(4, 16, dtype=torch.float64)
     out = student(imgs, 0.75, noise)
     assert {name: tuple(x.shape) for name, x in out.items()} == {
         "mask": (4, 16), "unit": (4, 21), "image": (4, 5), "pred": (4, 16, 32), "patch": (4, 16, 7)}
-    z, mask, ids_restore = student.mae.forward_encoder(torch.cat([imgs, imgs]), 0.75, noise)
+    z, mask, ids_restore = student.mae.forward_encoder(imgs, 0.75, noise)
     states = student.mae.forward_decoder(z, ids_restore)
     torch.testing.assert_close(out["image"], student.image_head(z[:, 0]))
     torch.testing.assert_close(out["image"], student.image_head.compare(out["unit"]))

@@ -12,8 +12,8 @@ from PIL import Image
 import train
 from extras import segment
 from mae import MaskedAutoencoder
-from utils.command_line import UsageError
-from utils.probes import overlaps
+from support.command_line import UsageError
+from support.probes import overlaps
 
 SMALL = ["--batch-size", "4", "--epochs", "2", "--eval-every", "1", "--log-every", "1", "--device",
          "cpu"]

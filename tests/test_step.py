@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import all_recipes
 import pytest
@@ -9,12 +10,16 @@ import torch
 from conftest import TIMES, TOY_SIZE, run
 
 import train
-from checkpoint import load_run
-from data import Views
+from data import Batches, Views
+from mae import SIZES
 from pseudo_labels import image_label_loss, koleo, make_labels
-from teachers import between_images
-from utils.command_line import UsageError
-from utils.files import read_json_lines
+from support import settings
+from support.checkpoint import load_run
+from support.command_line import UsageError
+from support.datasets import Images, load_images
+from support.files import read_json_lines
+from support.probes import standardised
+from teachers import between_images, make_teachers
 
 VARIANTS = all_recipes.VARIANTS
 PARTS = ("student", "labelling_teacher", "reconstruction_teacher")
@@ -22,17 +27,17 @@ PARTS = ("student", "labelling_teacher", "reconstruction_teacher")
 
 def setting(*flags, dtype=torch.float64):
     """Config, student, teachers, and the views of four images: a batch of `training_step`."""
-    config = train.resolve(["--img-size", "16", "--patch-size", "4", "--batch-size", "4",
-                            "--image-clusters", "4", "--patch-clusters", "7", *flags])
+    config = settings.resolve(["--img-size", "16", "--patch-size", "4", "--batch-size", "4",
+                               "--image-clusters", "4", "--patch-clusters", "7", *flags])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train.SIZES, "micro", TOY_SIZE | dict(decoder_embed_dim=64))
+        patch.setitem(SIZES, "micro", TOY_SIZE | dict(decoder_embed_dim=64))
         student = train.build(config, 3).to(dtype)
-        teachers = train.make_teachers(student, config)
+        teachers = make_teachers(student, config)
     imgs = torch.randn(4 * config.views, 3, 16, 16, dtype=dtype)
     teacher_imgs = imgs
     if config.teacher_view == "other-colours":
         teacher_imgs = imgs + 0.1 * torch.randn_like(imgs)
-    noise = torch.rand(len(imgs) * config.masks, 16, dtype=dtype)
+    noise = torch.rand(len(imgs), 16, dtype=dtype)
     return config, student, teachers, Views(imgs, teacher_imgs, noise)
 
 
@@ -106,6 +111,24 @@ def test_who_sees_which_view():
     assert torch.equal(of_other["consistency"], targets["consistency"])
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_step_and_augmentation_are_a_graph_each(name):
+    """As --compile compiles them, but quickly. Centring starts from equal centres both times."""
+    config, student, teachers, _ = setting(*VARIANTS[name])
+    pixels = torch.randint(0, 256, (4, 3, 20, 24), dtype=torch.uint8)
+    images = Images(torch.full((4,), -1), [], (16, 16), 3, pixels)
+    batches = Batches(images, torch.arange(4), [0.5] * 3, [0.2] * 3, seed=0, batch=4, patches=16,
+                      views=config.views, colours=config.colours, teacher_view=config.teacher_view,
+                      dtype=torch.float64)
+    numbers, found = batches.numbers(0), []
+    torch.compiler.reset()
+    whole = partial(torch.compile, backend="aot_eager", fullgraph=True, dynamic=False)
+    for made in (lambda function: function, whole):
+        views = made(batches.augment)(numbers, pixels[numbers["ids"]][:, None])
+        found.append(made(train.training_step)(student, copy.deepcopy(teachers), views, config)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
+
+
 def test_swapping_the_views_swaps_the_image_labels_and_nothing_else():
     config, student, teachers, views = setting()
     _, _, labels, _ = step(config, student, teachers, views)
@@ -119,17 +142,6 @@ def test_swapping_the_views_swaps_the_image_labels_and_nothing_else():
     own = step(one_view, student, teachers, views)[2]["image"]
     torch.testing.assert_close(own, labels["image"].roll(4, 0))
     assert not torch.allclose(own, labels["image"])
-
-
-def test_all_masks_of_a_view_have_its_labels():
-    config, student, teachers, views = setting("--masks", "2", "--mask-ratio", "0.5",
-                                               "--koleo-weight", "0")
-    _, both, _, _ = step(config, student, teachers, views)
-    config.masks = 1
-    each = [step(config, student, teachers, views._replace(noise=part))[1]
-            for part in views.noise.chunk(2)]
-    for name in both:
-        torch.testing.assert_close(both[name], (each[0][name] + each[1][name]) / 2)
 
 
 def test_rc_maes_teacher_sees_the_students_mask():
@@ -151,7 +163,6 @@ def test_one_batch_is_overfitted(name):
     """Every term comes near the least it can be: 0 for reconstructions, the entropy of the labels
     for the losses of pseudo labels."""
     config, student, teachers, views = setting(*VARIANTS[name])
-    views = views._replace(noise=views.noise[:len(views.student)].repeat(config.masks, 1))
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
     for i in range(600):
         loss, terms, labels, targets = step(config, student, teachers, views)
@@ -212,7 +223,7 @@ def test_losses_in_autocast_are_losses_outside(name):
 def toys():
     """What is tested here does not depend on the width of the networks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train.SIZES, "micro", TOY_SIZE)
+        patch.setitem(SIZES, "micro", TOY_SIZE)
         yield
 
 
@@ -309,9 +320,9 @@ def test_labels_of_a_short_run_beat_shuffled_ones(flags, tmp_path, no_pictures):
     train.main([*flags, "--epochs", "40", "--eval-every", "40", "--colours", "0", "--precision",
                 "fp32", "--out", str(tmp_path)])
     student, teachers, config = load_run(tmp_path / "checkpoint.pt")
-    images = train.load_images("imagefolder", config.data_root, "test", 16)
+    images = load_images("imagefolder", config.data_root, "test", 16)
     ids = torch.arange(len(images))
-    imgs = train.standardised(images, ids, config.mean, config.std).double()
+    imgs = standardised(images, ids, config.mean, config.std).double()
     student, teacher = student.double(), teachers.labelling.double()
     labels = make_labels(teacher, teacher.encode(imgs), config)["image"]
     scores = student(imgs, config.mask_ratio, torch.rand(len(imgs), 16))["image"]

@@ -3,9 +3,9 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-from extras import study
-from utils.command_line import UsageError
-from utils.files import read_json_lines
+from results import study
+from support.command_line import UsageError
+from support.files import read_json_lines
 
 SMALL = ("--img-size 16 --patch-size 4 --batch-size 16 --epochs 1 --device cpu --image-clusters 4 "
          "--patch-clusters 16 --val-fraction 0.2")

@@ -1,6 +1,6 @@
 import json
 
-from extras import tables
+from results import tables
 
 
 def a_row(stage, name, seed, score, **other):
@@ -69,7 +69,7 @@ def test_the_summary_has_means_in_its_own_order():
 
 
 def test_the_pages_of_the_project_have_the_results_of_the_project():
-    """Otherwise run `python -m extras.tables`."""
+    """Otherwise run `python -m results.tables`."""
     found = tables.tables(tables.read_json_lines(tables.RESULTS))
     for path in tables.PAGES:
         assert tables.fill(path.read_text(), found) == path.read_text()

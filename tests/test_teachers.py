@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import TOY
 
-import train
 from pseudo_labels import Student
+from support import settings
 from teachers import (
     Teacher,
     Teachers,
@@ -78,7 +78,7 @@ def test_a_teacher_shares_nothing_and_learns_nothing():
 def test_a_fresh_teacher_says_what_the_student_says():
     """Of whole views, and, as RC-MAE's does, of views under the student's masks."""
     student = Student(**STUDENT)
-    imgs, noise = torch.randn(2, 3, 16, 16), torch.rand(4, 16)           # two masks of two views
+    imgs, noise = torch.randn(4, 3, 16, 16), torch.rand(4, 16)
     teacher = Teacher(student, decoder=True)
     assert torch.equal(teacher.encode(imgs), student.mae.encoder(imgs))
     assert torch.equal(teacher(imgs, 0.75, noise), student(imgs, 0.75, noise)["pred"])
@@ -115,7 +115,7 @@ HEADS = {"image_head", "patch_head"}
     ("--recipe mim-cluster --consistency-weight 1", {"encoder"} | HEADS, {"encoder", "decoder"}),
 ])
 def test_who_teaches(flags, labelling, reconstruction):
-    config = train.resolve(flags.split())
+    config = settings.resolve(flags.split())
     student = Student(**TOY, target_dim=0 if config.target == "none" else None,
                       image_clusters=5 if config.image_weight else 0,
                       patch_clusters=7 if config.patch_weight else 0)

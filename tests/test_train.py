@@ -9,8 +9,11 @@ import torch
 from conftest import TIMES, run
 
 import train
-from utils.command_line import UsageError, fail
-from utils.files import read_json_lines
+from mae import SIZES
+from pseudo_labels import Student
+from support import settings
+from support.command_line import UsageError, fail
+from support.files import read_json_lines
 
 WRITTEN = {"config.json", "metrics.jsonl", "checkpoint.pt", "curves.png", "reconstructions.png"}
 
@@ -44,17 +47,17 @@ def power_cut_at(step, monkeypatch):
 # ------------------------------------------------------------------------------------ settings
 
 def test_learning_rate_at_both_ends():
-    config = train.Config(lr=2.0, warmup=0.1)
+    config = settings.Config(lr=2.0, warmup=0.1)
     assert train.learning_rate(0, 1000, config) == 0
     assert train.learning_rate(50, 1000, config) == pytest.approx(1.0)
     assert train.learning_rate(100, 1000, config) == 2.0
     assert train.learning_rate(550, 1000, config) == pytest.approx(1.0)
     assert 0 < train.learning_rate(999, 1000, config) < 1e-4
-    assert train.learning_rate(0, 1000, train.Config(lr=2.0, warmup=0.0)) == 2.0
+    assert train.learning_rate(0, 1000, settings.Config(lr=2.0, warmup=0.0)) == 2.0
 
 
 def test_only_matrices_decay():
-    student = train.Student(8, 8, **train.SIZES["micro"], img_size=32, patch_size=8)
+    student = Student(8, 8, **SIZES["micro"], img_size=32, patch_size=8)
     decayed, rest = (group["params"] for group in train.parameter_groups(student, 0.1))
     encoder, decoder = student.mae.encoder, student.mae.decoder
     ours = {id(p) for p in decayed}
@@ -67,18 +70,19 @@ def test_only_matrices_decay():
 
 def test_four_rows_the_later_one_wins(monkeypatch):
     """Defaults, data set, recipe, command line."""
-    monkeypatch.setitem(train.DATA_ROWS, "shapes", dict(mask_ratio=0.5, lr=3.0, colours=5.0))
-    monkeypatch.setitem(train.RECIPES, "mae", dict(mask_ratio=0.6, lr=4.0))
-    config = train.resolve(["--recipe", "mae", "--lr", "5", "--img-size", "16x24", "--patch-size",
-                            "8", "--no-norm-pix-loss"])
+    monkeypatch.setitem(settings.DATA_ROWS, "shapes", dict(mask_ratio=0.5, lr=3.0, colours=5.0))
+    monkeypatch.setitem(settings.RECIPES, "mae", dict(mask_ratio=0.6, lr=4.0))
+    config = settings.resolve(["--recipe", "mae", "--lr", "5", "--img-size", "16x24",
+                               "--patch-size", "8", "--no-norm-pix-loss"])
     assert (config.lr, config.mask_ratio, config.colours) == (5.0, 0.6, 5.0)
-    assert config.warmup == train.Config.warmup
+    assert config.warmup == settings.Config.warmup
     assert (config.img_size, config.patch_size, config.norm_pix_loss) == ([16, 24], 8, False)
-    assert train.resolve(["--data", "cifar10", "--recipe", "mae"]).colours == train.Config.colours
+    cifar = settings.resolve(["--data", "cifar10", "--recipe", "mae"])
+    assert cifar.colours == settings.Config.colours
 
 
 def test_defaults_are_for_photographs_and_shapes_has_a_row():
-    photographs, shapes = train.resolve(["--data", "imagefolder"]), train.resolve([])
+    photographs, shapes = settings.resolve(["--data", "imagefolder"]), settings.resolve([])
     assert (photographs.colours, photographs.teacher_temperature, photographs.mask_ratio) == (
         1.0, 0.05, 0.75)
     assert (shapes.data, shapes.colours, shapes.teacher_temperature, shapes.mask_ratio) == (
@@ -89,7 +93,7 @@ def test_resolved_settings_are_printed_and_kept(small_run, capsys):
     train.main([*small_run, "--recipe", "mae", "--epochs", "0"])
     printed, config = capsys.readouterr().err, json.loads(
         (Path(small_run[-1]) / "config.json").read_text())
-    resolved = train.resolve([*small_run, "--recipe", "mae", "--epochs", "0"])
+    resolved = settings.resolve([*small_run, "--recipe", "mae", "--epochs", "0"])
     for name, value in vars(resolved).items():
         assert f"{name}={value}" in printed and config[name] == value
     saved = torch.load(Path(small_run[-1]) / "checkpoint.pt")["config"]
@@ -273,9 +277,9 @@ def test_another_config_is_refused_and_the_run_left_alone(small_run, no_pictures
 
 def test_help_says_something_of_every_setting(capsys):
     with pytest.raises(SystemExit):
-        train.resolve(["--help"])
+        settings.resolve(["--help"])
     text = "".join(capsys.readouterr().out.split())        # argparse breaks lines where it likes
-    for name, field in train.Config.__dataclass_fields__.items():
+    for name, field in settings.Config.__dataclass_fields__.items():
         assert f"--{name.replace('_', '-')}" in text
         assert "".join(field.metadata["help"].split()) in text
         if field.default is not None:

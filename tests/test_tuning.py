@@ -7,11 +7,11 @@ import torch
 from conftest import ROOT, TOY, run
 
 import train
-from checkpoint import load_encoder
 from extras import finetune, tuning
 from mae import MaskedAutoencoder
-from utils.command_line import UsageError
-from utils.files import read_json_lines
+from support.command_line import UsageError
+from support.files import read_json_lines
+from support.weights import load_encoder
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def test_images_without_a_label_do_not_serve(checkpoint, photos, tmp_path, monke
 
     def some(*given):
         images = real(*given)
-        images.labels[::2] = -1
+        images.y[::2] = -1
         return images
 
     monkeypatch.setattr(tuning, "load_images", some)

@@ -1,70 +1,28 @@
-"""The files of a run, and networks out of files: ours, official MAE ones, timm's.
-
-`checkpoint.pt` is a dictionary of plain data and tensors. It loads with `weights_only=True`, so no
-code in it is ever executed. It holds
-
-    student, arch                  weights, and the arguments of `Student`
-    labelling_teacher, reconstruction_teacher       weights, as far as the recipe has them
-    optimizer, step                to continue the run
-    config, mean, std, images      settings; mean and std of the pixels; how many images there were
-
-Random states are not in it because there are none: every random number of a run is a function of
-(seed, step).
-
-`eval.py export` writes the encoder alone, for timm and for Hugging Face.
+"""Encoders out of files and into files: ours, official MAE ones, timm's, Hugging Face's.
 
     encoder, transform = load_encoder("runs/pl-mae-shapes-micro/checkpoint.pt")
     tokens = encoder(transform(Image.open("cat.jpg"))[None])               # 1 1+N D
+
+`export` writes an encoder for timm and for Hugging Face. `start_from` is train.py's --init.
 """
 
-import argparse
 import json
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
 from mae import MaskedAutoencoder, VisionTransformer, pair
-from pseudo_labels import Student
-from teachers import make_teachers
-from utils.command_line import UsageError, make_folder
-from utils.files import write_atomically
-from utils.images import IMAGENET_MEAN, IMAGENET_STD, image_transform
+from support.checkpoint import is_of_train, load_checkpoint, save_checkpoint
+from support.command_line import UsageError, make_folder
+from support.files import write_atomically
+from support.images import IMAGENET_MEAN, IMAGENET_STD, image_transform
+from support.settings import kept_network
 
 NETWORKS = {"student": "student", "labelling-teacher": "labelling_teacher",
             "reconstruction-teacher": "reconstruction_teacher"}        # name: key in the file
-
-
-# What runs did before these were settings.
-OLDER = {"teacher_view": "same", "remove_place": False, "init": None}
-
-# ------------------------------------------------------------------------------ the file of a run
-
-def save_checkpoint(path, content):
-    write_atomically(path, lambda file: torch.save(content, file))
-
-
-def load_checkpoint(path, flag="--checkpoint"):
-    """The dictionary at `path`, tensors on the CPU. Raises UsageError if there is none or it cannot
-    be read."""
-    if not Path(path).is_file():
-        what = "is a folder; name a file in it" if Path(path).is_dir() else "there is no such file"
-        raise UsageError(f"{flag} {path}: {what} (checkpoint.pt of a run, encoder.pt of an export)")
-    try:
-        # official MAE training checkpoints carry their argparse.Namespace, which is plain data too
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UsageError(f"{flag} {path}: not a checkpoint that can be read safely "
-                         f"({type(error).__name__}); use another file") from error
-
-
-def is_of_train(file):
-    """Whether a loaded file is a checkpoint of this train.py."""
-    return isinstance(file, dict) and {"student", "arch", "config"} <= file.keys()
 
 
 def load_weights(path, flag="--checkpoint"):
@@ -72,58 +30,6 @@ def load_weights(path, flag="--checkpoint"):
     file = load_checkpoint(path, flag)
     tuned = isinstance(file, dict) and {"tuned", "encoder"} <= file.keys()
     return file["encoder"] if tuned else file
-
-
-def networks_and_optimizer(student, teachers, optimizer):
-    """What a checkpoint stores the state of, by key."""
-    parts = {"student": student, "optimizer": optimizer}
-    for name, teacher in teachers.named().items():
-        parts[f"{name}_teacher"] = teacher
-    return parts
-
-
-def continue_from(path, config, free, mean, images, key="student"):
-    """The checkpoint of a run to continue, None if there is none.
-
-    A run with other settings or other images is refused with what differs; the settings in `free`
-    (device, workers, ...) may. mean: of the pixels, computed from whole numbers, so that it does
-    not depend on the number of threads; images: how many there are; key: where the file of such a
-    run has its weights."""
-    if not Path(path).exists():
-        return None
-    saved, out = load_checkpoint(path, "--out"), f"--out {config['out']}"
-    if not isinstance(saved, dict) or not {key, "config", "mean", "images"} <= saved.keys():
-        raise UsageError(f"{out}: its checkpoint.pt is not of this program; use another --out")
-    old = saved["config"]
-    differ = [f"{name} was {old.get(name)!r}, now {config.get(name)!r}"
-              for name in sorted(old.keys() | config.keys())
-              if name not in free and old.get(name) != config.get(name)]
-    if differ:
-        raise UsageError(f"{out}: holds a run with other settings: {', '.join(differ)}; use "
-                         "another --out, or delete that folder")
-    if (saved["mean"], saved["images"]) != (mean, images):
-        raise UsageError(f"{out}: holds a run on other images; use another --out, or delete that "
-                         "folder")
-    return saved
-
-
-def load_run(path):
-    """A checkpoint of train.py -> student, teachers, config.
-
-    student: a `Student`; teachers: `Teachers`, None where the run had none; config: its settings,
-    with mean and std. Networks are in eval mode, on the CPU, without gradient."""
-    file = load_checkpoint(path)
-    if not is_of_train(file):
-        raise UsageError(f"--checkpoint {path}: is not of this train.py, so it has no teachers and "
-                         "no pseudo labels; use knn or linear")
-    config = SimpleNamespace(**OLDER | file["config"], mean=file["mean"], std=file["std"])
-    student = Student(**file["arch"])
-    student.load_state_dict(file["student"])
-    student.eval().requires_grad_(False)
-    teachers = make_teachers(student, config)
-    for name, teacher in teachers.named().items():
-        teacher.load_state_dict(file[f"{name}_teacher"])
-    return student, teachers, config
 
 
 # ------------------------------------------------------------- names of the official MAE code
@@ -314,6 +220,27 @@ def load_encoder(path, num_heads=None, network=None, img_size=None):
     return encoder.eval().requires_grad_(False), transform
 
 
+def load_network(path, network=None, num_heads=None, img_size=None):
+    """One of eval.py's --network in a file -> its encoder, and what the file says of it.
+
+    network: one of NETWORKS, "untrained", "pixels"; None as in `load_encoder`."""
+    encoder, _ = load_encoder(path, num_heads, network if network in NETWORKS else None)
+    if encoder.in_chans not in (1, 3):
+        raise UsageError(f"--checkpoint {path}: takes {encoder.in_chans} channels; data sets here "
+                         "have 1 or 3")
+    info = dict(encoder.info)
+    if network == "untrained":
+        if "arch" not in info:
+            raise UsageError("--network untrained: needs a checkpoint of train.py; `train.py "
+                             "--epochs 0` writes one")
+        torch.manual_seed(info["config"]["seed"])          # what a run without --init began with
+        encoder = MaskedAutoencoder(**mae_arguments(info["arch"])).encoder.eval()
+    info["network"] = network or info["network"]
+    if img_size:
+        resize_positions(encoder, img_size)
+    return encoder, info
+
+
 def resize_positions(encoder, img_size):
     """Make the encoder take images of another size, an int or (H, W), in place. Between the places
     it knows, the codes of places are interpolated (bicubic, as in MAE's fine-tuning)."""
@@ -333,13 +260,6 @@ def exported(encoder, mean, std):
     """An encoder with what one must know to use it, as a dictionary of plain data and tensors."""
     return {"model": encoder.state_dict(), "mean": mean, "std": std,
             "num_heads": encoder.blocks[0].attn.num_heads, "img_size": tuple(encoder.img_size)}
-
-
-def kept_network(config):
-    """The name of the network that a run is for, and is judged by. RC-MAE keeps its teacher.
-
-    config: settings as a dictionary."""
-    return "reconstruction-teacher" if config["consistency_weight"] else "student"
 
 
 def encoder_of_run(path, file, network):

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from utils.command_line import UsageError
+from support.command_line import UsageError
 
 # What official weights were trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -3,7 +3,7 @@ everything here leaves its argument as it is.
 
 The batch of a step is shared out: each rank computes an equal part of it. What is a statistic of
 the whole batch (the sum of a cluster, the mean of a feature) has to be summed up over ranks, so
-that a run on eight GPUs is the same run as on one. """
+that a run on eight GPUs is the same run as on one."""
 
 from contextlib import contextmanager
 
@@ -51,12 +51,14 @@ def mean_over_ranks(x):
     return x + (over_ranks(x) / world_size() - x.detach())
 
 
-def gather_over_ranks(x):
-    """x of all ranks, one after the other along the first dimension, and the number of this rank.
+def gather_over_ranks(x, ids, n):
+    """The rows of x of all ranks, one rank after the other; the ids of these; the ids of our own.
 
-    No gradient. All ranks hand in the same shape."""
+    x without gradient, the same shape on each rank. ids: numbers in 0..n-1, one for each row of x,
+    the same on each rank. Rank r adds r n to its own, so that no two ranks share one."""
     if world_size() == 1:
-        return x.detach(), 0
+        return x.detach(), ids, ids
     parts = [torch.empty_like(x) for _ in range(world_size())]
     distributed.all_gather(parts, x.detach().contiguous())
-    return torch.cat(parts), distributed.get_rank()
+    all_ids = torch.cat([ids + n * rank for rank in range(world_size())])
+    return torch.cat(parts), all_ids, ids + n * distributed.get_rank()

@@ -1,6 +1,6 @@
-"""The tables of docs/results.md, out of results/study.jsonl, which extras/study.py has written.
+"""The tables of docs/results.md, out of results/study.jsonl, which study.py has written.
 
-    python -m extras.tables    # writes them into docs/results.md, draws docs/results-SET.png
+    python -m results.tables    # writes them into docs/results.md, draws docs/results-SET.png
 
 It also writes the short table of the README: means of the evidence.
 
@@ -18,9 +18,9 @@ import re
 from pathlib import Path
 from statistics import mean
 
-from utils.command_line import Parser, run_main
-from utils.files import read_json_lines, write_atomically
-from utils.pictures import plt, save
+from support.command_line import Parser, run_main
+from support.files import read_json_lines, write_atomically
+from support.pictures import plt, save
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "study.jsonl"
@@ -209,7 +209,7 @@ def fill(page, found):
 
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("results", nargs="?", default=RESULTS, help="a file of extras/study.py")
+    parser.add_argument("results", nargs="?", default=RESULTS, help="a file of results/study.py")
     parser.add_argument("--pages", nargs="+", default=PAGES, type=Path, metavar="FILE",
                         help="where tables go, and beside the first of them pictures (default: "
                         "docs/results.md README.md)")

@@ -1,6 +1,6 @@
 """Works off a plan of runs: trains, judges, and writes a line of results for each.
 
-    python -m extras.study PLAN DATA RUNS [--stage NAME ...] [--limit N] [--results FILE]
+    python -m results.study PLAN DATA RUNS [--stage NAME ...] [--limit N] [--results FILE]
 
 PLAN is a text file, such as results/plan.txt. A line of it is a run:
 
@@ -24,7 +24,7 @@ alone, all others on the test split as well. The stage `repeat` is for runs of t
 done again on another machine: compare them with one another only.
 
 The stages `finetune`, `segment` and `detect` train a run of the evidence further, by the program of
-that name in this folder: the run of that set, seed and name, or, with the name `scratch`, the
+that name in extras/: the run of that set, seed and name, or, with the name `scratch`, the
 network of `pl-mae` with random weights. What stands behind a comma is no part of the name. Flags
 are those of that program.
 """
@@ -46,8 +46,8 @@ import torch.nn.functional as F
 import eval
 import train
 from extras import detect, finetune, segment
-from utils.command_line import Parser, UsageError, run_main
-from utils.files import append_json, read_json_lines
+from support.command_line import Parser, UsageError, run_main
+from support.files import append_json, read_json_lines
 
 ROOT = Path(__file__).parent.parent
 FOLDER = "--data imagefolder --val-fraction 0.6 "                  # leaves 20,000 of 50,000 images

@@ -8,14 +8,14 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as TF
 
-from utils.command_line import UsageError
+from support.command_line import UsageError
 
 ORIENTATION = 0x0112               # the number of that entry in EXIF data
 
 
 def seen_part(mask, size):
     """The part of a mask H W that the network sees of its image: the centre of the shape of `size`
-    (H, W), as in `utils.images.fit`. It is not resized."""
+    (H, W), as in `support.images.fit`. It is not resized."""
     H, W = mask.shape
     scale = max(size[0] / H, size[1] / W)
     return TF.center_crop(mask, [min(H, round(size[0] / scale)), min(W, round(size[1] / scale))])

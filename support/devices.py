@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
-from utils.command_line import UsageError
+from support.command_line import UsageError
 
 
 def choose_device(name):

@@ -1,7 +1,7 @@
-"""What do networks make of images? Health of features and pseudo labels, and pictures of them.
+"""What do networks make of images? Health of features and pseudo labels, and signs of collapse.
 
-Labels are not needed. Where there are some, k-NN and agreement with them are measured too. train.py
-looks at this while it trains; `python eval.py diagnose` looks at a checkpoint.
+True classes are not needed. Where there are some, k-NN and agreement with them are measured too.
+train.py looks at this while it trains; `python eval.py diagnose` looks at a checkpoint.
 
 Letters:  n images, N patches, D width of a token, K clusters.
 """
@@ -9,19 +9,18 @@ Letters:  n images, N patches, D width of a token, K clusters.
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import load_run
 from data import Batches
-from features import CHUNK, features, standardised, subset, tokens_in_chunks
 from mae import patchify, unpatchify
 from pseudo_labels import balance, count_labels, health, plain_norm, remove_place
+from support.checkpoint import load_run
+from support.masks import classes_in, masks_of, pixels_of_classes
+from support.pictures import to_pictures
+from support.probes import CHUNK, accuracy, features, knn, standardised, subset, tokens_in_chunks
 from teachers import Teacher, standardise
-from utils.agreement import nmi, purity
-from utils.masks import classes_in, masks_of, pixels_of_classes
-from utils.pictures import to_pictures
-from utils.probes import accuracy, knn
 
 MONITORED = 2000                           # held-out images that k-NN while training looks at
 SCORES = 2**27                             # scores of patches kept at a time: half a gigabyte
@@ -35,13 +34,13 @@ def monitor(encoder, images, train_ids, val_ids, mean, std, device):
 
     At most 10,000 labelled images to compare with and 2,000 to test: a curve, quickly. `python
     eval.py knn` uses all."""
-    train_ids = train_ids[images.labels[train_ids] >= 0]
+    train_ids = train_ids[images.y[train_ids] >= 0]
     if len(val_ids) == 0 or len(train_ids) == 0:
         return {}
     train_ids, val_ids = subset(train_ids, 10_000), subset(val_ids, MONITORED)
     x = features(encoder, images, train_ids, mean, std, device)
     test_x = features(encoder, images, val_ids, mean, std, device)
-    y, test_y = images.labels[train_ids], images.labels[val_ids]
+    y, test_y = images.y[train_ids], images.y[val_ids]
     found = {}
     for token in x:
         predictions = knn(x[token], y, test_x[token], len(images.classes))
@@ -217,7 +216,7 @@ def agreements(labels, teacher, config, images, ids, mean, std, device):
     image          how often two views of an image get the same label. Balanced labels look healthy
                    also where they are noise; noise does not agree with itself"""
     found = {}
-    classes = images.labels[ids]                                                               # n
+    classes = images.y[ids]                                                               # n
     for name, (_, cluster, _) in labels.items():           # cluster n, or n N
         if (classes >= 0).all():
             of_image = classes[:len(cluster)].view(-1, *[1] * (cluster.ndim - 1))
@@ -281,3 +280,68 @@ def two_views_agree(teacher, config, images, ids, mean, std, device):
     chance = (one.bincount(minlength=K) * other.bincount(minlength=K)).sum() / len(one) ** 2
     return {"image_two_views": accuracy(one, other),
             "image_two_views_chance": round(chance.item(), 4)}
+
+
+# ---------------------------------------------------------------- two labellings of n samples
+# Arrays or CPU tensors of n integers from 0.
+
+def table(a, b):
+    """How often label i of a meets label j of b -> counts I J."""
+    a = np.asarray(a)
+    b = np.asarray(b)
+    columns = b.max() + 1
+    cells = np.bincount(a * columns + b, minlength=(a.max() + 1) * columns)
+    return cells.reshape(-1, columns)
+
+
+def entropy(p):
+    """Of probabilities of any shape, in nats; 0 ln 0 is 0."""
+    p = p[p > 0]
+    return -(p * np.log(p)).sum()
+
+
+def nmi(a, b):
+    """Normalised mutual information, 2 I(a; b) / (H(a) + H(b)): 0 for unrelated labellings, 1 for
+    the same one under other names.
+
+    With many clusters and few samples unrelated labellings reach well above 0 too: compare with
+    shuffled ones, or runs of equal K and n."""
+    p = table(a, b) / len(a)                                                             # I J
+    both = entropy(p.sum(0)) + entropy(p.sum(1))
+    if both == 0:                                           # one label each: the same labelling
+        return 1.0
+    return float(2 * (both - entropy(p)) / both)
+
+
+def purity(clusters, classes):
+    """The share of samples whose class is the commonest one of their cluster, up to 1.
+
+    It is the accuracy of naming each cluster after a class, of these samples. Chance is not
+    1 / classes: it grows with the number of clusters, up to 1 where each sample has its own. So
+    compare with purity(clusters, shuffled classes)."""
+    return float(table(clusters, classes).max(1).sum() / len(clusters))
+
+
+# ------------------------------------------------------------------------------ signs of collapse
+
+def signs_of_collapse(record):
+    """Sentences on what looks wrong in a record of the log: a set, empty in health."""
+    signs = set()
+    for name in ("image", "patch"):
+        if f"{name}_ln_k" not in record:
+            continue
+        ln_k = record[f"{name}_ln_k"]
+        clusters = math.exp(ln_k)
+        if record[name] > 0.99 * ln_k:
+            signs.add(f"the loss of the {name} pseudo labels stays at ln K = {ln_k:.2f}: they are "
+                      "not being predicted")
+        if record[f"{name}_entropy"] > 0.98 * ln_k:
+            signs.add(f"the {name} pseudo labels are nearly uniform: they say nothing; try a lower "
+                      "--teacher-temperature")
+        if record[f"{name}_effective"] < max(2, 0.1 * clusters):
+            signs.add(f"the {name} pseudo labels gather in few of their clusters: try --balancing "
+                      "sinkhorn or fewer clusters")
+    if record.get("rec_between", 1) < 0.05:
+        signs.add("the token targets hardly differ between images: they can be predicted without "
+                  "looking")
+    return signs

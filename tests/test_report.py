@@ -1,6 +1,7 @@
 import math
 
-from utils.log import line, signs_of_collapse
+from support.health import signs_of_collapse
+from support.report import line
 
 WELL = {
     "image": 3.0,

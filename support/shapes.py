@@ -29,7 +29,7 @@ network long to learn; those of version 3 also have holes, teeth or bars. `pl-ma
 first draft of version 3 (35 % after 8 epochs) before the other three were drawn. The version is
 part of the file's name on the disk.
 
-    python -m utils.shapes [PICTURE.png]        draws some scenes with their masks and boxes
+    python -m support.shapes [PICTURE.png]        draws some scenes with their masks and boxes
 """
 
 import sys
@@ -38,8 +38,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.command_line import make_folder
-from utils.files import write_atomically
+from support.command_line import make_folder
+from support.files import write_atomically
 
 SIDE = 64
 OBJECTS = 4                                                    # the most in a scene

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from utils.files import write_atomically
+from support.files import write_atomically
 
 matplotlib.use("Agg")                      # writes files, needs no screen
 

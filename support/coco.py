@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from utils.command_line import UsageError
+from support.command_line import UsageError
 
 SPLITS = {"train": "train", "test": "val"}     # COCO keeps the answers to its own test split
 

@@ -1,0 +1,259 @@
+"""The settings of a run.
+
+Four rows make a run, and the later one wins: the defaults of `Config`, which are for photographs;
+the row of the data set; the row of the recipe; the command line. `resolve` puts them together.
+"""
+
+import dataclasses
+import math
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+from mae import SIZES, count_visible, pair
+from pseudo_labels import BALANCING
+from support.command_line import UsageError, check_ranges, given_flags, option, size
+from support.datasets import SETS
+from teachers import STANDARDISE, half_life
+
+DATA_ROWS = {
+    "shapes": dict(epochs=12, batch_size=64, mask_ratio=0.5, colours=5.0, image_clusters=32,
+                   teacher_temperature=0.0125),
+}
+RECIPES = {
+    "mae": dict(target="pixels", image_weight=0.0, patch_weight=0.0, views=1, colours=0.0,
+                mask_ratio=0.75),
+    "rc-mae": dict(target="pixels", image_weight=0.0, patch_weight=0.0, views=1, colours=0.0,
+                   mask_ratio=0.75, consistency_weight=1.0, reconstruction_half_life="173:inf"),
+    "mim-cluster": dict(target="pixels", teachers=1, labelling_half_life="1%"),
+    "image-labels": dict(target="none", patch_weight=0.0),
+    "pl-mae-one-teacher": dict(teachers=1, labelling_half_life="1%"),
+    "pl-mae": dict(),
+}
+POSITIVE = (0, math.inf)
+COUNT = (1, math.inf)
+
+
+@dataclass
+class Config:
+    """Everything that decides a run. Kept in config.json and the checkpoint; each field is a flag.
+
+    Defaults of the method that name no source and are not called "not tuned" were measured, on
+    CIFAR-10 (JPEG) or on shapes: see docs/results.md."""
+    recipe: str = option("pl-mae", "row of settings, which flags override", choices=list(RECIPES))
+    model: str = option("micro", "size of the encoder and its decoder", choices=list(SIZES))
+    data: str = option("shapes", "data set", choices=list(SETS))
+    data_root: str = option(
+        "data", "folder of the data set; what can be downloaded is downloaded to it")
+    out: str = option(
+        None, "folder of the run (default: runs/RECIPE-DATA-MODEL; of an imagefolder its name)")
+    epochs: int = option(
+        20, "passes over the training images; 0 writes the untrained network", range=POSITIVE)
+    batch_size: int = option(
+        128, "images per optimiser step, of all processes and micro-batches together (not tuned)",
+        range=COUNT)
+    img_size: int = option(
+        None, "N or HxW; other images are cropped to the centre and resized (default: the data "
+        "set's)", size)
+    patch_size: int = option(
+        None, "N or HxW, dividing the image (default: one that suits the data set)", size)
+    init: str = option(
+        None, "a file to start from: official MAE weights, timm's, a checkpoint.pt, an export; "
+        "mean and std of the pixels are then those of the file")
+    # the views
+    views: int = option(
+        2, "views (crops) of an image: with 2, each predicts the image pseudo label of the other",
+        choices=[1, 2])
+    mask_ratio: float = option(0.75, "share of the patches that is masked (MAE)")
+    crop: float = option(
+        0.35, "smallest area of a random crop, as a share of the image; 1 does not crop (not "
+        "tuned; MAE: 0.2)", range=(1e-3, 1))
+    colours: float = option(
+        1.0, "changes of brightness, contrast, saturation, hue: 0 none (MAE), 1 as in MC-SSL, 5 "
+        "any hue", range=(0, 5))
+    teacher_view: str = option(
+        "other-colours", "what teachers see: the same crop in other colours, or the student's view",
+        choices=["other-colours", "same"])
+    # the reconstruction
+    target: str = option(
+        "tokens", "what the decoder predicts: the reconstruction teacher's tokens, pixels, or "
+        "none: no decoder", choices=["tokens", "pixels", "none"])
+    rec_weight: float = option(1.0, "weight of the reconstruction", range=POSITIVE)
+    norm_pix_loss: bool = option(
+        True, "predict pixels standardised within each patch, not plain ones (MAE)")
+    standardise: str = option(
+        "feature", "of token targets: within a token, or a feature over the batch, or that per "
+        "position (not tuned)", choices=list(STANDARDISE))
+    consistency_weight: float = option(
+        0.0, "weight of RC-MAE's term: predict the pixels that a teacher predicts", range=POSITIVE)
+    # the pseudo labels
+    image_weight: float = option(
+        1.0, "weight of the image pseudo labels (class token); 0 turns them off", range=POSITIVE)
+    image_clusters: int = option(
+        64, "clusters (prototypes) of image pseudo labels (not tuned)", range=(2, math.inf))
+    koleo_weight: float = option(
+        0.5, "weight of KoLeo beside the image pseudo labels: keeps class tokens of different "
+        "images apart (not tuned)", range=POSITIVE)
+    patch_weight: float = option(
+        1.0, "weight of the patch pseudo labels; 0 turns them off", range=POSITIVE)
+    patch_clusters: int = option(
+        128, "clusters (prototypes) of patch pseudo labels (not tuned)", range=(2, math.inf))
+    labelled_patches: str = option(
+        "both", "which patches predict their pseudo label", choices=["visible", "masked", "both"])
+    remove_place: bool = option(
+        True, "take from the scores of patches their mean at each place, so that patch pseudo "
+        "labels say less of where a patch is")
+    balancing: str = option(
+        "sinkhorn", "what keeps pseudo labels from gathering in one cluster",
+        choices=list(BALANCING))
+    student_temperature: float = option(
+        0.1, "of the student's predictions (MC-SSL, iBOT)", range=(1e-3, math.inf))
+    teacher_temperature: float = option(
+        0.05, "of the pseudo labels; lower is more certain (SwAV; MSN: 0.025)",
+        range=(1e-3, math.inf))
+    # the teachers
+    teachers: int = option(
+        2, "2: one for pseudo labels, one for token targets; 1: the labelling teacher does both",
+        choices=[1, 2])
+    labelling_half_life: str = option(
+        "0.3%", "of the labelling teacher: 1% of the run, or 30 steps; A:B changes from A to B",
+        half_life)
+    reconstruction_half_life: str = option(
+        "3%", "of the reconstruction teacher, likewise; without labels, of the only teacher",
+        half_life)
+    # the optimiser
+    lr: float = option(
+        1e-3, "highest learning rate, for whatever batch (not tuned; MAE at scale: 1.5e-4 x batch "
+        "/ 256)", range=POSITIVE)
+    weight_decay: float = option(
+        0.05, "of weight matrices; not of biases, norms, tokens, prototypes (MAE)", range=POSITIVE)
+    warmup: float = option(
+        0.05, "share of the run in which the learning rate rises from 0; then a cosine to 0 (not "
+        "tuned)", range=(0, 1))
+    clip: float = option(
+        3.0, "greatest norm of the gradient; 0 does not clip (not tuned)", range=POSITIVE)
+    # the run
+    val_fraction: float = option(
+        0.1, "share of the labelled training images kept out of training, for k-NN meanwhile",
+        range=(0, 0.9))
+    eval_every: int = option(4, "epochs between k-NN, pictures and checkpoints", range=COUNT)
+    log_every: int = option(50, "steps between lines of the log", range=COUNT)
+    accumulate: int = option(
+        1, "micro-batches a step is computed in, for batches larger than the memory", range=COUNT)
+    seed: int = option(0, "of weights, order, crops, colours and masks", range=(0, 2**63 - 1))
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    precision: str = option(
+        "auto", "auto: bf16 autocast on GPUs, else fp32", choices=["auto", "bf16", "fp32", "fp64"])
+    compile: bool = option(
+        False, "compile the step and the augmentation, a graph each (torch.compile): starts a "
+        "minute later, then needs about half the time on a GPU and nothing less on a CPU")
+    workers: int = option(
+        4, "processes that decode images, where the data set streams from the disk", range=POSITIVE)
+    resident_gb: float = option(
+        4.0, "a data set up to this size is kept in memory, shrunk to --img-size before it is "
+        "cropped; larger ones stream, cropped from the files at full size", range=POSITIVE)
+
+
+# These may change when a run continues.
+FREE = {"data_root", "out", "eval_every", "log_every", "device", "workers", "compile"}
+
+
+def resolve(argv=None):
+    """The command line -> Config with nothing left open but "auto". Raises UsageError."""
+    given = given_flags(Config, argv, "Train a masked autoencoder with pseudo labels and two "
+                        "teachers, on a laptop or on several GPUs.",
+                        "Defaults are for photographs; a data set or a recipe may have others, "
+                        "which are printed when a run starts. Several GPUs: torchrun "
+                        "--nproc-per-node N train.py ...")
+    data = given.get("data", Config.data)
+    recipe = given.get("recipe", Config.recipe)
+    config = Config(**(DATA_ROWS.get(data, {}) | RECIPES[recipe] | given))
+    config.img_size = config.img_size or SETS[data].size
+    config.patch_size = config.patch_size or SETS[data].patch
+    if config.out is None:
+        source = Path(config.data_root).resolve().name if data == "imagefolder" else data
+        config.out = f"runs/{recipe}-{source}-{config.model}"
+    check(config)
+    if config.teachers == 1 and config.target == "tokens" and "reconstruction_half_life" in given:
+        raise UsageError("--reconstruction-half-life: one teacher goes at the pace of its labels; "
+                         "use --labelling-half-life")
+    return config
+
+
+def check(config):
+    """Raises UsageError for settings that can never be."""
+    check_ranges(config)
+    (H, W), (ph, pw) = pair(config.img_size), pair(config.patch_size)
+    fits = [str(n) for n in range(1, min(H, W) + 1)
+            if H % n == 0 and W % n == 0 and (n, n) != (H, W)]
+    if H % ph or W % pw:
+        raise UsageError(f"--patch-size {config.patch_size} does not divide --img-size "
+                         f"{config.img_size}; these do: {', '.join(fits)}")
+    if (ph, pw) == (H, W):
+        raise UsageError(f"--patch-size {config.patch_size}: the whole image is one patch, so none "
+                         f"can be masked; use one of {', '.join(fits)}")
+    N = (H // ph) * (W // pw)
+    if not 0 < config.mask_ratio < 1 or not 0 < count_visible(N, config.mask_ratio) < N:
+        raise UsageError(f"--mask-ratio {config.mask_ratio}: choose it between 0 and 1 so that of "
+                         f"{N} patches one is visible and one masked")
+    numbers = SETS[config.data].channels * ph * pw         # in a patch
+    if config.target == "pixels" and config.norm_pix_loss and numbers == 1:
+        raise UsageError("--patch-size 1: a patch of one number cannot be standardised; use "
+                         "--no-norm-pix-loss")
+    if config.target == "none" and config.patch_weight:
+        raise UsageError("--target none: leaves out the decoder, which predicts the pseudo labels "
+                         "of masked patches; use --patch-weight 0 with it")
+    rec_weight = 0 if config.target == "none" else config.rec_weight
+    if not (rec_weight or config.image_weight or config.patch_weight or config.consistency_weight):
+        raise UsageError("--rec-weight, --image-weight, --patch-weight: all are 0, so there is "
+                         "nothing to learn; raise one")
+    if config.consistency_weight and config.target != "pixels":
+        raise UsageError("--consistency-weight: compares predicted pixels; use --target pixels")
+    views = config.batch_size // config.accumulate * config.views
+    if config.patch_weight and config.remove_place and views == 1:
+        raise UsageError("--remove-place: one view in a micro-batch is its own mean, which leaves "
+                         "nothing; use a larger --batch-size, or --no-remove-place")
+    for name, samples, K in samples_and_clusters(config):
+        if K > samples > 0:
+            raise UsageError(
+                f"--{name}-clusters {K}: more than the {samples} samples of a micro-batch that are "
+                f"shared out among them; use {max(2, samples // 4)} or less, or a larger "
+                "--batch-size")
+
+
+def samples_and_clusters(config):
+    """("image" or "patch", samples of one balancing call, clusters) of the pseudo labels in use."""
+    (H, W), (ph, pw) = pair(config.img_size), pair(config.patch_size)
+    views = config.batch_size // config.accumulate * config.views
+    rows = []
+    if config.image_weight:
+        rows.append(("image", views, config.image_clusters))
+    if config.patch_weight:
+        rows.append(("patch", views * (H // ph) * (W // pw), config.patch_clusters))
+    return rows
+
+
+def describe(config):
+    """All settings, as lines of at most 100 columns."""
+    values = [f"{name}={value}" for name, value in dataclasses.asdict(config).items()]
+    return textwrap.fill("  ".join(values), 100, initial_indent="  ", subsequent_indent="  ",
+                         break_long_words=False, break_on_hyphens=False)
+
+
+# ------------------------------------------------------------- what follows from the settings
+
+def architecture(config, channels):
+    """The arguments of `Student`: plain numbers, kept in the checkpoint."""
+    target_dim = {"pixels": None, "tokens": SIZES[config.model]["embed_dim"], "none": 0}
+    return dict(SIZES[config.model], img_size=config.img_size, patch_size=config.patch_size,
+                in_chans=channels, mlp_ratio=4.0, norm_pix_loss=config.norm_pix_loss,
+                target_dim=target_dim[config.target],
+                image_clusters=config.image_clusters if config.image_weight else 0,
+                patch_clusters=config.patch_clusters if config.patch_weight else 0)
+
+
+def kept_network(config):
+    """The name of the network that a run is for, and is judged by. RC-MAE keeps its teacher.
+
+    config: settings as a dictionary."""
+    return "reconstruction-teacher" if config["consistency_weight"] else "student"
