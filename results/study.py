@@ -150,7 +150,10 @@ def describe_log(out):
     looks = [record for record in log if "knn_mean" in record]
     found = {"knn_by_epoch": {round(r["epoch"], 1): (r["knn_class"], r["knn_mean"]) for r in looks}}
     if steps:
-        views = json.loads((out / "config.json").read_text())["views"]
+        config = json.loads((out / "config.json").read_text())
+        views = config["views"]
+        found["views_per_epoch"] = round(
+            config["batch_size"] * views * steps[-1]["step"] / steps[-1]["epoch"])
         found["microseconds_per_view"] = round(
             1e6 / views / median(r["images_per_s"] for r in steps))
         found["last"] = {name: round(value, 4) for name, value in steps[-1].items()}

@@ -8,7 +8,8 @@ For each stage and set of images docs/results.md has three. The first has the me
 of several seeds, the least and the greatest value. The second has differences from one row, the
 baseline, *paired by seed*: a seed gives both runs the same order of images, crops and masks, so
 that most of its luck cancels. The third says what pseudo labels agree with. The pictures show the
-runs of the stage `evidence`, a point for each seed.
+runs of the stages `evidence` and `photographs`, a point for each seed; and of the latter k-NN while
+they trained, a line for each recipe.
 
 A page has a line `<!-- STAGE SET -->` where tables belong, and `<!-- end -->` below them. The
 README has `<!-- summary SET -->`.
@@ -36,7 +37,8 @@ SUMMARY = {
     "pl-mae-one-teacher": "`pl-mae-one-teacher`",
     "pl-mae": "`pl-mae`",
 }
-BASELINES = {"search": "other-colours"}                    # of the other stages it is pl-mae
+EVIDENCE = ("evidence", "photographs")                     # stages that looked at the test split
+BASELINES = ("other-colours", "pl-mae")                    # the first of them that is there
 # Heading: task of eval.py, key of its record, key inside that. All are shares.
 SCORES = {
     "k-NN class": ("knn", "tokens", "class"),
@@ -115,6 +117,8 @@ def differences_table(by_name, headings, baseline):
 def summary_table(by_name):
     """{name: {seed: row}} -> rows of texts: means, class token / mean of the patch tokens."""
     rows = [["", "seeds", "k-NN", "linear", "patches, mIoU"]]
+    painted = any(score(row, "patches, mIoU") is not None
+                  for by_seed in by_name.values() for row in by_seed.values())
     for name, title in SUMMARY.items():
         if name in by_name:
             found = {heading: [score(row, heading) for row in by_name[name].values()]
@@ -126,7 +130,7 @@ def summary_table(by_name):
             if name == "pixels":                           # which have no tokens
                 both = [means["k-NN class"], means["linear class"]]
             rows.append([title, str(len(by_name[name])), *both, means["patches, mIoU"]])
-    return rows
+    return rows if painted else [row[:-1] for row in rows]
 
 
 def labels_table(by_name):
@@ -163,14 +167,14 @@ def tables(rows):
                     if any(score(row, heading) is not None
                            for by_seed in by_name.values() for row in by_seed.values())]
         text = markdown(scores_table(by_name, headings))
-        baseline = BASELINES.get(stage, "pl-mae")
-        if baseline in by_name and len(by_name) > 1:
+        baseline = next((name for name in BASELINES if name in by_name), None)
+        if baseline and len(by_name) > 1:
             text += "\n\n" + markdown(differences_table(by_name, headings, baseline))
         labels = labels_table(by_name)
         if len(labels) > 1:
             text += "\n\n" + markdown(labels)
         found[stage, data] = text
-        if stage == "evidence":
+        if stage in EVIDENCE:
             found["summary", data] = markdown(summary_table(by_name))
     return found
 
@@ -197,6 +201,29 @@ def picture(rows, path):
     save(figure, path)
 
 
+def curves_picture(rows, path):
+    """k-NN on validation images over the views seen: a panel for each token, a line for each
+    recipe (the mean over its seeds), and a band from the least to the greatest seed."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    for axis, token, title in zip(axes, (0, 1), ("class token", "mean of the patch tokens")):
+        for name in dict.fromkeys(row["name"] for row in rows if "last" in row):
+            runs = [row for row in rows if row["name"] == name]
+            epochs = list(runs[0]["knn_by_epoch"])
+            views = [float(epoch) * runs[0]["views_per_epoch"] / 1e6 for epoch in epochs]
+            scores = [[100 * run["knn_by_epoch"][epoch][token] for run in runs]
+                      for epoch in epochs]
+            [line] = axis.plot(views, [mean(each) for each in scores], "o-", label=name,
+                               markersize=3)
+            axis.fill_between(views, [min(each) for each in scores],
+                              [max(each) for each in scores], alpha=0.2, color=line.get_color())
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("million views")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("k-NN on held-out images, %")
+    axes[1].legend()
+    save(figure, path)
+
+
 def fill(page, found):
     """The text of a page with the tables, {(stage, data): Markdown}, put where they belong."""
     def put(match):
@@ -218,11 +245,15 @@ def main(argv=None):
     for path in options.pages:
         page = fill(path.read_text(), tables(rows)).encode()
         write_atomically(path, lambda file: file.write(page))
-    for data in dict.fromkeys(row["data"] for row in rows):
-        shown = [row for row in rows
-                 if (row["stage"], row["data"]) == ("evidence", data) and "error" not in row]
+    folder = options.pages[0].parent
+    for stage, data in dict.fromkeys((row["stage"], row["data"]) for row in rows):
+        shown = [row for row in rows if (row["stage"], row["data"]) == (stage, data)
+                 and stage in EVIDENCE and "error" not in row]
+        file = data.replace("@", "-")
         if shown:
-            picture(shown, options.pages[0].parent / f"results-{data}.png")
+            picture(shown, folder / f"results-{file}.png")
+        if shown and stage == "photographs":
+            curves_picture(shown, folder / f"views-{file}.png")
 
 
 if __name__ == "__main__":
