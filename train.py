@@ -146,6 +146,7 @@ class Run:
     student: pseudo_labels.Student
     teachers: Teachers
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler                           # of gradients; in fp16 alone
     device: torch.device
     rank: int
     steps_per_epoch: int
@@ -170,8 +171,11 @@ def main(argv=None):
     # Settings, device, data.
     config = settings.resolve(argv)
     device = devices.choose_device(config.device)
-    dtype, bf16 = devices.choose_precision(config.precision, device)
     rank, world = devices.start_processes(device)
+    if config.precision == "auto":
+        config.precision = (checkpoint.precision_before(config.out)
+                            or devices.best_precision(device))
+    dtype, compute = devices.choose_precision(config.precision, device)
     images, train_ids, val_ids = load_training_images(config, rank, world)
     mean, std = datasets.mean_std(images)
 
@@ -194,15 +198,16 @@ def main(argv=None):
             workers=config.workers)
 
         # A run that was cut off continues; the folder of another run is left alone.
+        scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         run = Run(config, images, train_ids, val_ids, mean, std, student, teachers, optimizer,
-                  device, rank, batches.steps_per_epoch)
+                  scaler, device, rank, batches.steps_per_epoch)
         checkpoint.resume(run)
-        report.announce(run, world, "bf16" if bf16 else str(dtype).removeprefix("torch."))
+        report.announce(run, world)
 
         # The loop.
         if run.start == 0:
             report.evaluate_and_save(run, 0)
-        train(run, batches, torch.autocast(device.type, torch.bfloat16, enabled=bf16))
+        train(run, batches, torch.autocast(device.type, compute, enabled=compute is not None))
     if world > 1:
         distributed.barrier()
         distributed.destroy_process_group()
@@ -231,11 +236,13 @@ def train(run, batches, autocast):
             with nullcontext() if last or world_size() == 1 else called.no_sync():
                 with autocast:
                     loss, terms, labels, targets = one_step(called, teachers, views, config)
-                (loss / config.accumulate).backward()
+                run.scaler.scale(loss / config.accumulate).backward()
             meter.add(loss, terms, labels, config.accumulate)
 
+        run.scaler.unscale_(run.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip or math.inf)
-        run.optimizer.step()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
         run.optimizer.zero_grad()
         momenta = {name: momentum(step, total, half_lives[name]) for name in teachers.named()}
         teachers.follow(student, momenta)                  # once a step, whatever --accumulate

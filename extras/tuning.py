@@ -90,7 +90,8 @@ class Config:
     seed: int = option(0, "of new weights, order, crops, drop path", range=(0, 2**63 - 1))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     precision: str = option(
-        "auto", "auto: bf16 autocast on GPUs, else fp32", choices=["auto", "bf16", "fp32"])
+        "auto", "auto: bf16 where the device is faster in it, else fp32",
+        choices=["auto", "bf16", "fp32"])
 
 
 # ----------------------------------------------------------------------------------- at the start
@@ -267,7 +268,9 @@ def tune(config, encoder, model, images, ids, statistics, loss_of, look, device)
     say(f"{config.data}: {len(ids)} images to train on; {in_encoder:.1f} M parameters in the "
         f"encoder, {in_all:.1f} M in all; {device}; steps {begin} to {total}, into {out}")
 
-    _, bf16 = choose_precision(config.precision, device)
+    _, compute = choose_precision(config.precision, device)
+    if compute == torch.float16:       # its gradients would have to be scaled, as in train.py
+        compute = None
     model.train()
     order, losses, since = None, [], time.perf_counter()
     for step in range(begin, total):
@@ -278,7 +281,7 @@ def tune(config, encoder, model, images, ids, statistics, loss_of, look, device)
             group["lr"] = group["scale"] * learning_rate(step, total, config)
         torch.manual_seed(generator(config.seed, "step", step).initial_seed())
         with memory_errors(config, device):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, compute, enabled=compute is not None):
                 loss = loss_of(order[place * config.batch_size:(place + 1) * config.batch_size])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)

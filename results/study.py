@@ -15,8 +15,8 @@ failed gets a line that says so. Several processes may work off one plan: each t
 that no other has. Runs with the names `pixels` and `untrained` are yardsticks: raw pixels, or the
 network before training, on the images of that run.
 
-Runs compute in bf16. On CPUs with AVX-512 this is faster, with attention written out. On others
-bf16 is many times slower: there, say --precision fp32. On a GPU, --compile halves the time of a
+Runs compute in bf16. On CPUs with AVX512-BF16 this is faster. On others it is many times slower:
+there, say --precision fp32. On a GPU, --compile halves the time of a
 step; four processes at a time keep it busy while one of them compiles or looks at pictures.
 
 Search and evidence are kept apart: runs of the stage `search` are judged on validation images
@@ -41,7 +41,6 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 import eval
 import train
@@ -90,13 +89,6 @@ def read_plan(path):
 def key(row):
     """What tells a run, or its line of results, from the others."""
     return row["stage"], row["data"], row["seed"], row["name"]
-
-
-def attention(q, k, v):
-    """F.scaled_dot_product_attention written out.
-
-    On a CPU in bf16 it is two to ten times as fast as torch's own at 17 to 65 tokens."""
-    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
 # --------------------------------------------------------------------------------- train and judge
@@ -199,8 +191,6 @@ def main(argv=None):
     parser.add_argument("--compile", action="store_true", help="train.py's --compile, for GPUs")
     parser.add_argument("--results", default=ROOT / "results" / "study.jsonl", type=Path)
     options = parser.parse_args(argv)
-    if options.precision == "bf16" and not torch.cuda.is_available():
-        F.scaled_dot_product_attention = attention
     where, runs_done = circumstances(), 0  # now: who knows what the folder holds an hour later
     for run in read_plan(options.plan):
         if options.stage and run.stage not in options.stage:

@@ -5,7 +5,7 @@ code in it is ever executed. It holds
 
     student, arch                  weights, and the arguments of `Student`
     labelling_teacher, reconstruction_teacher       weights, as far as the recipe has them
-    optimizer, step                to continue the run
+    optimizer, scaler, step        to continue the run; scaler of the gradients, in fp16 alone
     config, mean, std, images      settings; mean and std of the pixels; how many images there were
 
 Random states are not in it because there are none: every random number of a run is a function of
@@ -51,12 +51,21 @@ def is_of_train(file):
     return isinstance(file, dict) and {"student", "arch", "config"} <= file.keys()
 
 
-def networks_and_optimizer(student, teachers, optimizer):
+def parts_of(run):
     """What a checkpoint stores the state of, by key."""
-    parts = {"student": student, "optimizer": optimizer}
-    for name, teacher in teachers.named().items():
+    parts = {"student": run.student, "optimizer": run.optimizer}
+    if run.scaler.is_enabled():
+        parts["scaler"] = run.scaler
+    for name, teacher in run.teachers.named().items():
         parts[f"{name}_teacher"] = teacher
     return parts
+
+
+def precision_before(out):
+    """The precision of the run in the folder `out`, None if it holds none."""
+    if not (Path(out) / "checkpoint.pt").exists():
+        return None
+    return load_checkpoint(Path(out) / "checkpoint.pt", "--out").get("config", {}).get("precision")
 
 
 def continue_from(path, config, free, mean, images, key="student"):
@@ -111,7 +120,7 @@ def resume(run):
         run.start = saved["step"]
         for group in saved["optimizer"]["param_groups"]:   # the device may be another one now
             group["fused"] = run.device.type == "cuda"
-        for key, part in networks_and_optimizer(run.student, run.teachers, run.optimizer).items():
+        for key, part in parts_of(run).items():
             part.load_state_dict(saved[key])
     if run.rank == 0:
         make_folder(run.out, "--out")

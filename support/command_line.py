@@ -89,10 +89,15 @@ def in_its_words(parse):
     return convert
 
 
-def given_flags(Config, argv, description, epilog):
-    """The flags of a command line as {field: value}, only those that were given."""
-    parser = Parser(description=description, epilog=epilog)
+def given_flags(Config, argv, description, epilog, groups=()):
+    """The flags of a command line as {field: value}, only those that were given.
+
+    groups: {a field: heading in --help of this field and those that follow}."""
+    parser = Parser(usage="%(prog)s [--flag value ...]", description=description, epilog=epilog)
+    group = parser
     for field in dataclasses.fields(Config):
+        if field.name in groups:
+            group = parser.add_argument_group(groups[field.name])
         meta = field.metadata
         note = "" if field.default is None else f" (default: {field.default})"
         if field.type is bool:
@@ -104,7 +109,7 @@ def given_flags(Config, argv, description, epilog):
         else:
             kind = {"type": field.type, "metavar": "X"}
         text = (meta["help"] + note).replace("%", "%%")    # argparse's way to write one %
-        parser.add_argument(flag(field.name), default=None, help=text, **kind)
+        group.add_argument(flag(field.name), default=None, help=text, **kind)
     return {name: value for name, value in vars(parser.parse_args(argv)).items()
             if value is not None}
 

@@ -10,9 +10,11 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as TF
@@ -161,7 +163,7 @@ def folder(root, split, size, channels, resident_gb):
     classes."""
     root = Path(root)
     base = base_folder(root, split)
-    paths = sorted(path for path in base.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    paths = image_files(base)
     if not paths:
         raise UsageError(f"--data-root {root}: no images in {base} ({', '.join(IMG_EXTENSIONS)}); "
                          "name the folder that holds them")
@@ -180,6 +182,31 @@ def folder(root, split, size, channels, resident_gb):
             y = torch.tensor([number[name] for name in names])
 
     return resident(Images(y, classes, size, channels, paths=paths), resident_gb)
+
+
+def image_files(base):
+    """All images below a folder, sorted by path."""
+    return sorted(path for path in base.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+
+
+def look(root, val_fraction):
+    """Of a folder of images: how many there are to train on, and how long their shorter sides are
+    (the median of up to 100, of which only the headers are read). 0, 0 if there is none."""
+    root = Path(root)
+    base = root / "train" if (root / "train").is_dir() else root
+    paths = image_files(base)
+    if not paths:
+        return 0, 0
+    in_classes = base != root and all(path.parent != base for path in paths)
+    held_out = int(len(paths) * val_fraction) if in_classes else 0
+    sides = []
+    for path in paths[::math.ceil(len(paths) / 100)]:
+        try:
+            with Image.open(path) as image:
+                sides.append(min(image.size))
+        except OSError:                                    # reading it will say what is wrong
+            continue
+    return len(paths) - held_out, median(sides) if sides else 0
 
 
 def resident(images, resident_gb):

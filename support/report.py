@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from data import generator
 from pseudo_labels import count_labels, health
-from support.checkpoint import networks_and_optimizer, save_checkpoint
-from support.devices import peak_memory
+from support.checkpoint import parts_of, save_checkpoint
+from support.devices import best_precision, peak_memory
 from support.files import append_json, read_json_lines
 from support.health import MONITORED, agreements, assign, monitor, reconstruct, signs_of_collapse
 from support.pictures import (
@@ -87,7 +87,9 @@ def log(run, record):
     """Write a record, say it, and warn of what looks wrong twice in a row. Ends the run where its
     numbers are none."""
     step = record["step"]
-    if not math.isfinite(record["loss"] + record["grad_norm"]):
+    # in fp16 a gradient may overflow: the scaler then leaves that step out, and scales less
+    norm = 0 if run.scaler.is_enabled() else record["grad_norm"]
+    if not math.isfinite(record["loss"] + norm):
         run.say(f"train.py: the loss is {record['loss']}, the gradient {record['grad_norm']} at "
                 f"step {step}. The last checkpoint is intact; try a lower --lr, with another --out")
         sys.exit(1)
@@ -130,7 +132,7 @@ def beside(record, name, bound, sign):
 
 # ------------------------------------------------------------------------- around the loop
 
-def announce(run, world, precision):
+def announce(run, world):
     """What is about to happen, on the screen."""
     config, encoder = run.config, run.student.mae.encoder
     for name, samples, K in samples_and_clusters(config):
@@ -146,7 +148,10 @@ def announce(run, world, precision):
     classes = len(run.images.classes)
     run.say(f"{config.recipe}, {config.model} ({in_encoder:.1f} M parameters in the encoder, "
             f"{in_all:.1f} M in all), {encoder.grid[0]} x {encoder.grid[1]} patches; {run.device}, "
-            f"{precision}, {world} process(es)")
+            f"{config.precision}, {world} process(es)")
+    if run.start and config.precision != best_precision(run.device):
+        run.say(f"computes in {config.precision}, as it began; here {best_precision(run.device)} "
+                "would be faster")
     run.say(f"{config.data}: {len(run.train_ids)} images to train on, {len(run.val_ids)} held out; "
             + (f"{classes} classes, for evaluation alone" if classes else
                "no classes (subfolders of DIR/train are classes)") + f"; {run.images.kept}")
@@ -176,7 +181,7 @@ def evaluate_and_save(run, step):
                     {"step": step, "epoch": step / run.steps_per_epoch} | found)
 
         # The checkpoint.
-        parts = networks_and_optimizer(run.student, run.teachers, run.optimizer)
+        parts = parts_of(run)
         save_checkpoint(run.out / "checkpoint.pt", dict(
             {key: part.state_dict() for key, part in parts.items()},
             arch=architecture(config, run.images.channels), step=step,

@@ -13,12 +13,20 @@ from pathlib import Path
 from mae import SIZES, count_visible, pair
 from pseudo_labels import BALANCING
 from support.command_line import UsageError, check_ranges, given_flags, option, size
-from support.datasets import SETS
+from support.datasets import SETS, look
+from support.devices import PRECISIONS
 from teachers import STANDARDISE, half_life
 
+# Measured on CIFAR-10 (JPEG), ViT-Tiny, two million views. Of the others below it is not tuned.
+SMALL_PHOTOGRAPHS = dict(epochs=100, batch_size=256, lr=2e-3, image_clusters=128,
+                         patch_clusters=512)
 DATA_ROWS = {
     "shapes": dict(epochs=12, batch_size=64, mask_ratio=0.5, colours=5.0, image_clusters=32,
-                   teacher_temperature=0.0125),
+                   teacher_temperature=0.0125, eval_every=4),
+    "cifar10": SMALL_PHOTOGRAPHS,
+    "cifar100": SMALL_PHOTOGRAPHS,
+    "stl10": SMALL_PHOTOGRAPHS,
+    "imagenette": dict(epochs=200, patch_clusters=512),
 }
 RECIPES = {
     "mae": dict(target="pixels", image_weight=0.0, patch_weight=0.0, views=1, colours=0.0,
@@ -30,6 +38,7 @@ RECIPES = {
     "pl-mae-one-teacher": dict(teachers=1, labelling_half_life="1%"),
     "pl-mae": dict(),
 }
+LEAST_STEPS = 2000                     # of a run on a folder of few images
 POSITIVE = (0, math.inf)
 COUNT = (1, math.inf)
 
@@ -54,12 +63,10 @@ class Config:
         range=COUNT)
     img_size: int = option(
         None, "N or HxW; other images are cropped to the centre and resized (default: the data "
-        "set's)", size)
+        "set's; of an imagefolder what suits its images and the model)", size)
     patch_size: int = option(
         None, "N or HxW, dividing the image (default: one that suits the data set)", size)
-    init: str = option(
-        None, "a file to start from: official MAE weights, timm's, a checkpoint.pt, an export; "
-        "mean and std of the pixels are then those of the file")
+    seed: int = option(0, "of weights, order, crops, colours and masks", range=(0, 2**63 - 1))
     # the views
     views: int = option(
         2, "views (crops) of an image: with 2, each predicts the image pseudo label of the other",
@@ -133,26 +140,39 @@ class Config:
     clip: float = option(
         3.0, "greatest norm of the gradient; 0 does not clip (not tuned)", range=POSITIVE)
     # the run
+    init: str = option(
+        None, "a file to start from: official MAE weights, timm's, a checkpoint.pt, an export; "
+        "mean and std of the pixels are then those of the file")
     val_fraction: float = option(
         0.1, "share of the labelled training images kept out of training, for k-NN meanwhile",
         range=(0, 0.9))
-    eval_every: int = option(4, "epochs between k-NN, pictures and checkpoints", range=COUNT)
+    eval_every: int = option(
+        None, "epochs between k-NN, pictures and checkpoints (default: a tenth of the run)",
+        range=COUNT)
     log_every: int = option(50, "steps between lines of the log", range=COUNT)
-    accumulate: int = option(
-        1, "micro-batches a step is computed in, for batches larger than the memory", range=COUNT)
-    seed: int = option(0, "of weights, order, crops, colours and masks", range=(0, 2**63 - 1))
+    # the machine
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     precision: str = option(
-        "auto", "auto: bf16 autocast on GPUs, else fp32", choices=["auto", "bf16", "fp32", "fp64"])
+        "auto", "of the networks; losses are in fp32 at least. auto: bf16 where the device is "
+        "faster in it, fp16 on older GPUs, else fp32; a run that continues keeps its own",
+        choices=["auto", *PRECISIONS])
     compile: bool = option(
         False, "compile the step and the augmentation, a graph each (torch.compile): starts a "
         "minute later, then needs about half the time on a GPU and nothing less on a CPU")
+    accumulate: int = option(
+        1, "micro-batches a step is computed in, for batches larger than the memory", range=COUNT)
     workers: int = option(
         4, "processes that decode images, where the data set streams from the disk", range=POSITIVE)
     resident_gb: float = option(
         4.0, "a data set up to this size is kept in memory, shrunk to --img-size before it is "
         "cropped; larger ones stream, cropped from the files at full size", range=POSITIVE)
 
+
+# Headings of --help, each before the field that it starts with.
+GROUPS = {"recipe": "what people set first", "views": "the views",
+          "target": "the reconstruction", "image_weight": "the pseudo labels",
+          "teachers": "the teachers", "lr": "the optimiser", "init": "the run",
+          "device": "the machine"}
 
 # These may change when a run continues.
 FREE = {"data_root", "out", "eval_every", "log_every", "device", "workers", "compile"}
@@ -164,12 +184,16 @@ def resolve(argv=None):
                         "teachers, on a laptop or on several GPUs.",
                         "Defaults are for photographs; a data set or a recipe may have others, "
                         "which are printed when a run starts. Several GPUs: torchrun "
-                        "--nproc-per-node N train.py ...")
+                        "--nproc-per-node N train.py ...", GROUPS)
     data = given.get("data", Config.data)
     recipe = given.get("recipe", Config.recipe)
-    config = Config(**(DATA_ROWS.get(data, {}) | RECIPES[recipe] | given))
+    row = DATA_ROWS.get(data, {})
+    if data == "imagefolder":
+        row = row_of_folder(RECIPES[recipe] | given)
+    config = Config(**(row | RECIPES[recipe] | given))
     config.img_size = config.img_size or SETS[data].size
     config.patch_size = config.patch_size or SETS[data].patch
+    config.eval_every = config.eval_every or max(1, math.ceil(config.epochs / 10))
     if config.out is None:
         source = Path(config.data_root).resolve().name if data == "imagefolder" else data
         config.out = f"runs/{recipe}-{source}-{config.model}"
@@ -178,6 +202,42 @@ def resolve(argv=None):
         raise UsageError("--reconstruction-half-life: one teacher goes at the pace of its labels; "
                          "use --labelling-half-life")
     return config
+
+
+def row_of_folder(given):
+    """The row of a folder of photographs, by a look at it; {} if there are none.
+
+    Few images want a small batch and many epochs; a small network, small images. given: the row of
+    the recipe and the flags, which what they leave open has to suit."""
+    images, side = look(given.get("data_root", Config.data_root),
+                        given.get("val_fraction", Config.val_fraction))
+    if not images:
+        return {}
+    if "img_size" in given:
+        patch = size_and_patch(min(pair(given["img_size"])))[1]
+    else:
+        given["img_size"], patch = size_and_patch(side, given.get("model", Config.model))
+    batch = given.get("batch_size", min(Config.batch_size, power_of_two(images / 3)))
+    samples = batch // given.get("accumulate", 1) * given.get("views", Config.views)
+    steps = max(1, images // batch)                        # of an epoch
+    return dict(img_size=given["img_size"], patch_size=patch, batch_size=batch,
+                epochs=max(Config.epochs, math.ceil(LEAST_STEPS / steps)),
+                image_clusters=max(2, min(Config.image_clusters, samples // 4)))
+
+
+def size_and_patch(side, model=None):
+    """Of images whose shorter side is `side`: the side to use, no larger, with no more patches than
+    suit the model, and that of its patches."""
+    most = {"micro": 64, "tiny": 96}.get(model, math.inf)
+    for there, patch in ((224, 16), (96, 8), (64, 8)):
+        if there <= min(side, most):
+            return there, patch
+    return 32, 4
+
+
+def power_of_two(x):
+    """The greatest power of two up to x, at least 1."""
+    return 2 ** int(math.log2(max(1, x)))
 
 
 def check(config):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import eval as evaluation  # noqa: E402
-from support import report  # noqa: E402
+from support import devices, report  # noqa: E402
 from support.datasets import Images  # noqa: E402
 
 torch.set_num_threads(1)                   # on tiny tensors a second thread costs more
@@ -46,6 +46,12 @@ def seed():
     torch.manual_seed(0)                   # a test draws the same numbers alone and among others
 
 
+@pytest.fixture(autouse=True)
+def plain_processor(monkeypatch):
+    """A processor that gains nothing by bf16, so that tests compute alike on all."""
+    monkeypatch.setattr(devices, "faster_in_bf16", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """An image folder of 3 classes (hue of a gradient), 24 + 6 PNG files each, of various sizes
@@ -71,7 +77,7 @@ def small_flags(photos):
     return ["--data", "imagefolder", "--data-root", str(photos), "--img-size", "16",
             "--patch-size", "4", "--batch-size", "16", "--image-clusters", "4",
             "--patch-clusters", "16", "--epochs", "3", "--eval-every", "1", "--log-every", "1",
-            "--device", "cpu"]
+            "--device", "cpu", "--precision", "fp32"]
 
 
 @pytest.fixture

@@ -210,17 +210,35 @@ def test_each_process_binds_its_gpu_and_mps_has_one_process(monkeypatch):
         devices.start_processes(torch.device("mps"))
 
 
-@pytest.mark.parametrize("name, device, bf16_there, want", [
-    ("auto", "cpu", True, (torch.float32, False)),
-    ("auto", "cuda:0", True, (torch.float32, True)),
-    ("auto", "cuda:0", False, (torch.float32, False)),
-    ("fp32", "cuda:0", True, (torch.float32, False)),
-    ("bf16", "cpu", False, (torch.float32, True)),
-    ("fp64", "cpu", False, (torch.float64, False)),
+@pytest.mark.parametrize("device, gpu_has_bf16, cpu_is_faster, want", [
+    ("cuda:0", True, False, "bf16"),                       # A100, RTX 3090, ...
+    ("cuda:0", False, True, "fp16"),                       # T4, V100
+    ("cpu", False, True, "bf16"),
+    ("cpu", True, False, "fp32"),
+    ("mps", True, True, "fp32"),
 ])
-def test_precision(monkeypatch, name, device, bf16_there, want):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16_there)
-    assert devices.choose_precision(name, torch.device(device)) == want
+def test_the_fastest_precision_is_chosen(monkeypatch, device, gpu_has_bf16, cpu_is_faster, want):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu_has_bf16)
+    monkeypatch.setattr(devices, "faster_in_bf16", lambda: cpu_is_faster)
+    high = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", high.append)
+    device = torch.device(device)
+    assert devices.best_precision(device) == want
+    assert devices.choose_precision("auto", device) == devices.choose_precision(want, device)
+    assert high == ["high", "high"] * (device.type == "cuda")          # TF32
+
+
+def test_a_processor_is_timed(monkeypatch):
+    """A product of bf16 that takes three times as long, or a third, decides."""
+    monkeypatch.undo()                                     # what conftest.py replaces
+    clock = [0.0]
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: clock[0])
+    for seconds, want in ((3e-3, False), (1e-3, False), (0.3e-3, True)):
+        def product(a, b):
+            clock[0] += seconds if a.dtype == torch.bfloat16 else 1e-3
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "__matmul__", product)
+            assert devices.faster_in_bf16() == want
 
 
 def test_fp64_is_refused_on_mps():

@@ -213,3 +213,12 @@ print(*sys.modules)
     loaded = {name.split(".")[0] for name in modules.split()}
     project = {path.stem for path in ROOT.glob("*.py")} | {"support", "extras", "results"}
     assert loaded & (project | {"torchvision", "PIL", "matplotlib"}) == {"mae"}
+
+
+def test_attention_in_bf16_on_a_processor_is_the_librarys():
+    """It is written out there, as that is faster."""
+    attention = mae.Attention(32, 4)
+    x = torch.randn(2, 17, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = attention(x)
+    torch.testing.assert_close(ours.float(), attention(x), atol=0.02, rtol=0.02)

@@ -1,6 +1,5 @@
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT
 
 from results import study
@@ -9,17 +8,6 @@ from support.files import read_json_lines
 
 SMALL = ("--img-size 16 --patch-size 4 --batch-size 16 --epochs 1 --device cpu --image-clusters 4 "
          "--patch-clusters 16 --val-fraction 0.2")
-
-
-@pytest.fixture(autouse=True)
-def put_back(monkeypatch):
-    """`main` replaces torch's attention; this puts it back after the test."""
-    monkeypatch.setattr(F, "scaled_dot_product_attention", F.scaled_dot_product_attention)
-
-
-def test_attention_is_torchs():
-    q, k, v = torch.randn(3, 2, 3, 17, 8, dtype=torch.float64)
-    torch.testing.assert_close(study.attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
 
 
 def test_a_plan_is_read(tmp_path):

@@ -11,7 +11,7 @@ from conftest import TIMES, run
 import train
 from mae import SIZES
 from pseudo_labels import Student
-from support import settings
+from support import devices, settings
 from support.command_line import UsageError, fail
 from support.files import read_json_lines
 
@@ -159,6 +159,46 @@ def test_compiled_equals_not_compiled(small_flags, tmp_path, no_pictures, recipe
     logs = [[r["loss"] for r in read_json_lines(tmp_path / name / "metrics.jsonl") if "loss" in r]
             for name in ("plain", "compiled")]
     assert logs[0] == pytest.approx(logs[1], rel=1e-8) and len(logs[0]) == 12
+
+
+def test_in_fp16_the_scaler_is_part_of_the_run(small_flags, tmp_path, no_pictures, monkeypatch):
+    """Older GPUs compute in fp16, where small gradients would become 0: they are scaled. The scale
+    is in the checkpoint, so a run that was cut off goes on as if it had not been."""
+    flags = [*small_flags, "--precision", "fp16", "--out"]
+    train.main([*flags, str(tmp_path / "whole")])
+    saved = torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True)
+    assert saved["scaler"]["scale"] > 1
+    train.main([*small_flags, "--out", str(tmp_path / "plain")])
+    assert "scaler" not in torch.load(tmp_path / "plain" / "checkpoint.pt", weights_only=True)
+    log = [read_json_lines(tmp_path / name / "metrics.jsonl")[-2]["loss"]
+           for name in ("whole", "plain")]
+    assert log[0] == pytest.approx(log[1], rel=0.05)
+
+    steps = torch.amp.GradScaler.step
+    def step_until(self, optimizer):
+        if optimizer.state and next(iter(optimizer.state.values()))["step"] >= 6:
+            raise KeyboardInterrupt
+        return steps(self, optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.amp.GradScaler, "step", step_until)
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*flags, str(tmp_path / "cut")])
+    train.main([*flags, str(tmp_path / "cut")])
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_run_keeps_its_precision(small_flags, tmp_path, no_pictures, monkeypatch, capsys):
+    """It goes on in the precision it began with, on a processor that is faster in another."""
+    flags = [*small_flags, "--precision", "auto", "--epochs", "1", "--out", str(tmp_path / "run")]
+    train.main(flags)
+    assert "computes in" not in capsys.readouterr().err
+    monkeypatch.setattr(devices, "faster_in_bf16", lambda: True)
+    train.main(flags)
+    assert "computes in fp32, as it began; here bf16 would be faster" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert kept["precision"] == "fp32"
+    train.main([*flags[:-1], str(tmp_path / "other")])
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["precision"] == "bf16"
 
 
 def test_a_loss_that_is_no_number_stops_the_run(small_run):

@@ -1,0 +1,92 @@
+import pytest
+from PIL import Image
+
+import train
+from support import settings
+from support.command_line import UsageError
+
+
+def folder_of(path, n, size=(40, 30), classes=()):
+    """n images, in train/CLASS/ if there are classes."""
+    for i in range(n):
+        inside = path / "train" / classes[i % len(classes)] if classes else path
+        inside.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (i % 256, 0, 0)).save(inside / f"{i:04d}.png")
+    return path
+
+
+def resolved(*flags):
+    return settings.resolve([str(flag) for flag in flags])
+
+
+def test_the_later_row_wins():
+    config = resolved("--data", "cifar10", "--recipe", "mae")
+    assert (config.batch_size, config.lr, config.image_clusters) == (256, 2e-3, 128)
+    assert (config.views, config.target) == (1, "pixels")
+    assert resolved("--data", "cifar10", "--lr", 1e-4).lr == 1e-4
+    assert resolved("--data", "shapes").mask_ratio == 0.5
+    assert resolved("--data", "shapes", "--recipe", "mae").mask_ratio == 0.75
+
+
+def test_looks_are_ten_in_a_run():
+    assert resolved("--data", "cifar10").eval_every == 10
+    assert resolved("--data", "cifar10", "--epochs", 5).eval_every == 1
+    assert resolved("--data", "cifar10", "--eval-every", 3).eval_every == 3
+    assert resolved("--epochs", 0).eval_every == 4         # of `shapes`
+
+
+@pytest.mark.parametrize("side, model, want", [
+    (3000, "micro", (64, 8)), (3000, "tiny", (96, 8)), (3000, "base", (224, 16)),
+    (100, "base", (96, 8)), (64, "base", (64, 8)), (40, "micro", (32, 4)), (20, "tiny", (32, 4))])
+def test_images_are_no_larger_than_they_are_and_than_suits_the_model(side, model, want):
+    assert settings.size_and_patch(side, model) == want
+
+
+def test_sixty_photographs(tmp_path):
+    """Small batches, and so many epochs that something is learned."""
+    root = folder_of(tmp_path, 60, (300, 200))
+    config = resolved("--data", "imagefolder", "--data-root", root)
+    assert (config.img_size, config.patch_size) == (64, 8)
+    assert (config.batch_size, config.image_clusters) == (16, 8)
+    assert config.epochs * (60 // 16) >= 2000 > (config.epochs - 1) * (60 // 16)
+    assert config.eval_every == pytest.approx(config.epochs / 10, abs=1)
+
+
+def test_what_is_given_decides_what_is_left_open(tmp_path):
+    root = folder_of(tmp_path, 60, (300, 200))
+    of_folder = ("--data", "imagefolder", "--data-root", root)
+    config = resolved(*of_folder, "--batch-size", 30, "--recipe", "mae")
+    assert config.epochs == 1000 and config.batch_size == 30
+    assert resolved(*of_folder, "--img-size", 128).patch_size == 8
+    assert resolved(*of_folder, "--img-size", 224).patch_size == 16
+    assert resolved(*of_folder, "--batch-size", 16, "--accumulate", 2).image_clusters == 4
+    assert resolved(*of_folder, "--epochs", 1).epochs == 1
+    with pytest.raises(UsageError, match="--patch-size 7 does not divide"):
+        resolved(*of_folder, "--patch-size", 7)
+
+
+def test_images_that_are_held_out_do_not_count(tmp_path):
+    root = folder_of(tmp_path, 100, classes=("a", "b"))
+    config = resolved("--data", "imagefolder", "--data-root", root, "--batch-size", 45)
+    assert config.epochs == 1000                           # of 90 images, 2 steps each
+    config = resolved("--data", "imagefolder", "--data-root", root, "--batch-size", 45,
+                      "--val-fraction", 0)
+    assert config.epochs == 1000 and config.img_size == 32
+
+
+def test_a_folder_that_is_not_there_is_left_to_whoever_reads_it(tmp_path):
+    config = resolved("--data", "imagefolder", "--data-root", tmp_path / "none")
+    assert (config.img_size, config.batch_size) == (224, 128)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    config = resolved("--data", "imagefolder", "--data-root", tmp_path)
+    assert config.img_size == 32
+
+
+def test_help_comes_in_groups(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    places = [text.index(f"\n{heading}:") for heading in settings.GROUPS.values()]
+    assert places == sorted(places)
+    first = text[places[0]:places[1]]
+    assert first.count("\n  --") == 10 and "--epochs" in first and "--data-root" in first
