@@ -220,9 +220,12 @@ def row_of_folder(given):
     batch = given.get("batch_size", min(Config.batch_size, power_of_two(images / 3)))
     samples = batch // given.get("accumulate", 1) * given.get("views", Config.views)
     steps = max(1, images // batch)                        # of an epoch
-    return dict(img_size=given["img_size"], patch_size=patch, batch_size=batch,
-                epochs=max(Config.epochs, math.ceil(LEAST_STEPS / steps)),
-                image_clusters=max(2, min(Config.image_clusters, samples // 4)))
+    row = dict(img_size=given["img_size"], patch_size=patch, batch_size=batch,
+               epochs=max(Config.epochs, math.ceil(LEAST_STEPS / steps)),
+               image_clusters=max(2, min(Config.image_clusters, samples // 4)))
+    if row["image_clusters"] <= 32:    # at 0.05, labels of few clusters stay uniform (8: measured)
+        row["teacher_temperature"] = DATA_ROWS["shapes"]["teacher_temperature"]
+    return row
 
 
 def size_and_patch(side, model=None):

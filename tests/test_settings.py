@@ -48,6 +48,7 @@ def test_sixty_photographs(tmp_path):
     config = resolved("--data", "imagefolder", "--data-root", root)
     assert (config.img_size, config.patch_size) == (64, 8)
     assert (config.batch_size, config.image_clusters) == (16, 8)
+    assert config.teacher_temperature == 0.0125            # or its labels would say nothing
     assert config.epochs * (60 // 16) >= 2000 > (config.epochs - 1) * (60 // 16)
     assert config.eval_every == pytest.approx(config.epochs / 10, abs=1)
 
