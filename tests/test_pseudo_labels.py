@@ -10,6 +10,7 @@ from conftest import TOY
 
 from mae import MaskedAutoencoder
 from pseudo_labels import (
+    BALANCING,
     CENTRE_MOMENTUM,
     Head,
     Student,
@@ -118,12 +119,15 @@ def test_balance_does_what_its_settings_say():
     scores, centre = torch.randn(10, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     torch.testing.assert_close(balance(scores, centre, settings("sinkhorn", 0.2)),
                                sinkhorn(scores, 0.2))
-    p = (scores / 0.1).exp()                               # me-max leaves labels as they are
-    torch.testing.assert_close(balance(scores, centre, settings("me-max", 0.1)),
-                               p / p.sum(-1, keepdim=True))
+    p = (scores / 0.1).exp()                               # these leave labels as they are
+    for name in ("me-max", "none"):
+        torch.testing.assert_close(balance(scores, centre, settings(name, 0.1)),
+                                   p / p.sum(-1, keepdim=True))
+    with pytest.raises(ValueError, match="there are sinkhorn, centring, me-max, none"):
+        balance(scores, centre, settings("sinkhorm"))
 
 
-@pytest.mark.parametrize("balancing", ["sinkhorn", "centring", "me-max"])
+@pytest.mark.parametrize("balancing", BALANCING)
 def test_labels_are_of_the_tokens_and_only_centring_moves_the_centres(balancing):
     teacher = Teacher(Student(**TOY, image_clusters=5, patch_clusters=7), heads=True).double()
     config, tokens = settings(balancing), torch.randn(6, 17, 32, dtype=torch.float64)
