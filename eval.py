@@ -113,7 +113,7 @@ class Evaluated:
             use = "the task multilabel" if "multilabel" in train.targets else "ROOT/train/<class>/*"
             raise UsageError(f"--data-root {self.root}: training images do not have one class; use "
                              f"{use}")
-        return self.of_both(lambda images: images.y, "labelled training images")
+        return self.of_both(lambda images: images.y, "training images of known class")
 
     def multilabel(self):
         """Several classes to an image -> y n C of 0 and 1, test_y m C, names of the classes."""
@@ -298,7 +298,7 @@ def parse(argv):
     add("--split", choices=["test", "validation", "train"], default="test", help="validation: do "
         "not look at the test split; train: of features alone (default: test)")
     add("--draws", type=int, metavar="N",
-        help="of lowshot and multilabel: how often labels are drawn (default: 3)")
+        help="of lowshot and multilabel: how often images are drawn (default: 3)")
     add("--plot", metavar="FILE", help="of lowshot or multilabel: draw scores over amounts")
     add("--pictures", action="store_true", help="draw nearest neighbours, attention and principal "
         "components beside the checkpoint")

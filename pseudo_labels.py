@@ -274,29 +274,3 @@ def koleo(unit, images):
     distance = (unit - units[nearest]).norm(dim=1)                                           # B
     loss = -(distance + 1e-6).log().mean()
     return loss * (~same).any()                            # 0 where there is no other image
-
-
-# ---------------------------------------------------------------------------- the health of labels
-
-def count_labels(labels):
-    """What `health` needs of labels ... K: one vector of 2 K + 1 numbers, each a mean over samples,
-    so that it can be averaged over steps and ranks. Nothing is read by the host."""
-    labels = labels.flatten(0, -2)                                                         # S K
-    each = torch.full_like(labels[:, 0], 1 / len(labels))                                    # S
-    best = torch.zeros_like(labels[0]).scatter_add_(0, labels.argmax(1), each)               # K
-    entropy = -torch.special.xlogy(labels, labels).sum(1).mean()
-    return torch.cat([labels.mean(0), best, entropy[None]])
-
-
-def health(counts):
-    """Averaged counts of labels -> numbers that say whether they are worth predicting:
-
-    entropy     mean entropy of a label, in nats: ln K where it says nothing, 0 where it is certain
-    clusters    how many clusters are the most probable one of some sample
-    effective   exp of the entropy of the mean label, 1..K: clusters in use if all were used alike
-    largest     share of the samples whose most probable cluster is the commonest one"""
-    mean, best = counts[:-1].chunk(2)
-    return {"entropy": counts[-1].item(),
-            "clusters": int((best > 0).sum()),
-            "effective": torch.special.xlogy(mean, mean).sum().neg().exp().item(),
-            "largest": best.max().item()}

@@ -1,7 +1,7 @@
 """Train a masked autoencoder with pseudo labels and two teachers, on a laptop or on several GPUs.
 
     python train.py                                       # `shapes`, on a CPU: some minutes
-    python train.py --recipe mae                          # or another row of RECIPES
+    python train.py --recipe mae                          # or another of support/settings.py
     python train.py --data imagefolder --data-root DIR    # photographs of your own
     torchrun --nproc-per-node 8 train.py --data imagefolder --data-root DIR --model base ...
 
@@ -283,7 +283,7 @@ def load_training_images(config, rank, world):
     if rank > 0:                           # rank 0 goes first: what it downloads the others find
         distributed.barrier()
     images = datasets.load_images(config.data, config.data_root, "train", config.img_size, None,
-                         config.resident_gb)
+                                  config.resident_gb)
     if rank == 0 and world > 1:
         distributed.barrier()
     train_ids, val_ids = datasets.held_out(images, config.val_fraction)

@@ -65,7 +65,7 @@ def read_run(folder):
     log = read_json_lines(folder / "metrics.jsonl")
     tests = [record for record in log if "knn_mean" in record]
     if not tests:
-        raise UsageError(f"{folder}: has no k-NN in its log; train with labelled images, in "
+        raise UsageError(f"{folder}: has no k-NN in its log; train with images of known class, in "
                          "train/<class>/*, and --val-fraction above 0")
     last = tests[-1]
     if last["epoch"] < config["epochs"]:

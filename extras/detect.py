@@ -14,7 +14,7 @@ The detector is torchvision's Mask R-CNN (He et al. 2017). It wants maps of seve
 a plain ViT has one: a simple feature pyramid makes four of it (ViTDet, Li et al. 2022). Images keep
 their shape: the longer side becomes that of the network, and the rest is filled up.
 
-Where a set has one file of annotations, and no labels, pretraining on it has seen the images held
+Where a set has one file of annotations, and no classes, pretraining on it has seen the images held
 out as well, though not their objects.
 
 Letters:  B images, h w rows and columns of patches, H W height and width of an image, D width of

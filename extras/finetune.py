@@ -9,7 +9,7 @@ same command continues a run that was cut off.
 
 The recipe is near that of MAE's fine-tuning (He et al. 2022): layer-wise learning rates, drop path,
 label smoothing. It has no RandAugment and no random erasing, and crops are larger. Each batch gets
-either MixUp (Zhang et al. 2018), which blends two images and their labels, or CutMix (Yun et al.
+either MixUp (Zhang et al. 2018), which blends two images and their classes, or CutMix (Yun et al.
 2019), which pastes a part of one into the other.
 """
 
@@ -31,7 +31,7 @@ class Config(tuning.Config):
     token: str = option("mean", "what is classified: the mean of the patch tokens, or the class "
                         "token", choices=["class", "mean"])
     label_smoothing: float = option(
-        0.1, "share of a label that is spread over all classes (MAE)", range=(0, 0.9))
+        0.1, "share of a target that is spread over all classes (MAE)", range=(0, 0.9))
     mixup: float = option(
         0.8, "of MixUp: the parameter of its Beta distribution; 0 turns it off (MAE)",
         range=(0, 100))
@@ -62,7 +62,7 @@ def mixing(config, classes):
 
 @torch.no_grad()
 def accuracy(model, images, ids, config, standardise, device):
-    """Share of the labelled images at ids that are put into their class."""
+    """Share of the images at ids, of those of known class, that are put into it."""
     model.eval()
     right = 0
     ids = ids[images.y[ids] >= 0]
@@ -76,7 +76,7 @@ def accuracy(model, images, ids, config, standardise, device):
 def main(argv=None):
     config, encoder, info = tuning.start(Config, "finetune", __doc__.split("\n")[0], argv)
     device = choose_device(config.device)
-    images, ids, val_ids, test_images = tuning.split_images(config, encoder, labelled=True)
+    images, ids, val_ids, test_images = tuning.split_images(config, encoder, classified=True)
     classes = len(images.classes)
     if images.classes != test_images.classes:
         name = sorted({*images.classes} ^ {*test_images.classes})[0]
@@ -90,10 +90,10 @@ def main(argv=None):
 
     def loss_of(batch):
         imgs = torch.stack([augment(image) for image in read(images, batch)])  # B C H W uint8
-        imgs, labels = standardise(imgs), images.y[batch]
+        imgs, y = standardise(imgs), images.y[batch]
         if mix:
-            imgs, labels = mix(imgs, labels)                                   # labels B classes
-        return F.cross_entropy(model(imgs.to(device)), labels.to(device),
+            imgs, y = mix(imgs, y)                                             # y B classes
+        return F.cross_entropy(model(imgs.to(device)), y.to(device),
                                label_smoothing=config.label_smoothing)
 
     def measure(images, ids):

@@ -1,9 +1,9 @@
 """What fine-tuning, segmentation and detection share: where the encoder comes from, a learning rate
 for each layer, and a loop that continues after a stop.
 
-Here the whole network learns, with labels. Pretraining has taught the lower layers more general
-things than the upper ones, so they change less: of two neighbouring layers the lower one learns
-`layer_decay` times as fast (Clark et al. 2020, Bao et al. 2022).
+Here the whole network learns, from true classes. Pretraining has taught the lower layers more
+general things than the upper ones, so they change less: of two neighbouring layers the lower one
+learns `layer_decay` times as fast (Clark et al. 2020, Bao et al. 2022).
 
 One process. All random numbers of a step come from (seed, step), so that a stop changes none.
 
@@ -123,7 +123,7 @@ def start(Config, task, description, argv):
                          "--data; say what it holds with --data")
     if config.data_root is None:
         config.data_root = run["data_root"] if same else "data"
-    # Of labelled sets the very images that the run held out too.
+    # Of sets with classes the very images that the run held out too.
     if same and "val_fraction" not in given:
         config.val_fraction = run["val_fraction"]
     if config.out is None:
@@ -196,24 +196,24 @@ def parameter_groups(encoder, model, config):
 
 # ------------------------------------------------------------------------------------------ images
 
-def split_images(config, encoder, labelled=False, test="test", resident_gb=4.0):
+def split_images(config, encoder, classified=False, test="test", resident_gb=4.0):
     """Images of the training split, ids to train on, ids held out, images of the split `test`.
 
-    labelled: only images with a label serve. Raises UsageError where they are too few."""
+    classified: only images of known class serve. Raises UsageError where they are too few."""
     no_classes = UsageError(f"--data {config.data}, --data-root {config.data_root}: images have no "
                             "class to learn; put them into train/CLASS/* and test/CLASS/*")
-    if labelled and config.data == "coco":
+    if classified and config.data == "coco":
         raise no_classes
     train_images, test_images = (
         load_images(config.data, config.data_root, split, config.img_size, encoder.in_chans,
                     resident_gb)
         for split in ("train", test))
-    if labelled and len(train_images.classes) < 2:
+    if classified and len(train_images.classes) < 2:
         raise no_classes
-    if labelled:
+    if classified:
         ids, val_ids = held_out(train_images, config.val_fraction)
         ids = ids[train_images.y[ids] >= 0]
-    else:                                                  # masks do not ask for labels
+    else:                                                  # masks do not ask for classes
         out = spread_out(len(train_images), config.val_fraction)
         ids, val_ids = (~out).nonzero()[:, 0], out.nonzero()[:, 0]
     if config.train_images:

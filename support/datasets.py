@@ -235,6 +235,8 @@ def base_folder(root, split):
                      "evaluate on; put some images of each class there")
 
 
+# ------------------------------------------------------------------------- which images serve
+
 def held_out(images, fraction):
     """Indices to train on, and those kept out of training, to be tested on while it runs.
 
@@ -274,6 +276,8 @@ def require_the_same_classes(root, train, test):
         raise UsageError(f"--data-root {root}: training and test classes are not in the same "
                          "order; sort them alike")
 
+
+# ---------------------------------------------------------------------------------- pixels
 
 def open_file(images, index):
     """One of the images that are streamed, at its own resolution."""

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from data import Batches
-from mae import patchify, unpatchify
-from pseudo_labels import balance, count_labels, health, plain_norm, remove_place
+from mae import patchify, plain_norm, unpatchify
+from pseudo_labels import balance, remove_place
 from support.checkpoint import load_run
 from support.masks import classes_in, masks_of, pixels_of_classes
 from support.pictures import to_pictures
@@ -26,14 +26,40 @@ MONITORED = 2000                           # held-out images that k-NN while tra
 SCORES = 2**27                             # scores of patches kept at a time: half a gigabyte
 
 
+# ------------------------------------------------------------------------------- of pseudo labels
+
+def count_labels(labels):
+    """What `health` needs of labels ... K: one vector of 2 K + 1 numbers, each a mean over samples,
+    so that it can be averaged over steps and ranks. Nothing is read by the host."""
+    labels = labels.flatten(0, -2)                                                         # S K
+    each = torch.full_like(labels[:, 0], 1 / len(labels))                                    # S
+    best = torch.zeros_like(labels[0]).scatter_add_(0, labels.argmax(1), each)               # K
+    entropy = -torch.special.xlogy(labels, labels).sum(1).mean()
+    return torch.cat([labels.mean(0), best, entropy[None]])
+
+
+def health(counts):
+    """Averaged counts of labels -> numbers that say whether they are worth predicting:
+
+    entropy     mean entropy of a label, in nats: ln K where it says nothing, 0 where it is certain
+    clusters    how many clusters are the most probable one of some sample
+    effective   exp of the entropy of the mean label, 1..K: clusters in use if all were used alike
+    largest     share of the samples whose most probable cluster is the commonest one"""
+    mean, best = counts[:-1].chunk(2)
+    return {"entropy": counts[-1].item(),
+            "clusters": int((best > 0).sum()),
+            "effective": torch.special.xlogy(mean, mean).sum().neg().exp().item(),
+            "largest": best.max().item()}
+
+
 # ----------------------------------------------------------------------------------- while training
 
 def monitor(encoder, images, train_ids, val_ids, mean, std, device):
     """While training runs, on held-out images: {"knn_class", "knn_mean", "effective_rank_class",
-    "effective_rank_mean"}; {} without labels.
+    "effective_rank_mean"}; {} where no class is known.
 
-    At most 10,000 labelled images to compare with and 2,000 to test: a curve, quickly. `python
-    eval.py knn` uses all."""
+    At most 10,000 images to compare with and 2,000 to test: a curve, quickly. `python eval.py knn`
+    uses all."""
     train_ids = train_ids[images.y[train_ids] >= 0]
     if len(val_ids) == 0 or len(train_ids) == 0:
         return {}
@@ -213,7 +239,7 @@ def agreements(labels, teacher, config, images, ids, mean, std, device):
     image, patch   NMI and purity with the true class of the image
     patch          NMI with the place of the patch in the image, with its mean colour, and, on
                    `shapes`, with the class of most of its pixels
-    image          how often two views of an image get the same label. Balanced labels look healthy
+    image          how often two views of an image get the same one. Balanced ones look healthy
                    also where they are noise; noise does not agree with itself"""
     found = {}
     classes = images.y[ids]                                                               # n

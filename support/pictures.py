@@ -95,7 +95,7 @@ def draw_knn(axis, records):
     draw_line(axis, records, "knn_class", unit=0.01, color="C4", label="class token")
     draw_line(axis, records, "knn_mean", unit=0.01, color="C5", label="mean of patch tokens")
     if not records:
-        axis.text(0.5, 0.5, "no labelled images held out", ha="center", transform=axis.transAxes)
+        axis.text(0.5, 0.5, "no class is known", ha="center", transform=axis.transAxes)
 
 
 def draw_line(axis, records, key, unit=1.0, **style):
@@ -234,33 +234,33 @@ def clusters(found, pictures, grid, path):
 
 def draw_neighbours(rows, classes, title, path):
     """Draw neighbours.png. Each row has pictures, an image and those nearest to it, and their
-    labels, -1 where there is none: green if of the class of the first, red if not."""
+    classes y, -1 where unknown: green if of the class of the first, red if not."""
     columns = max(len(pictures) for pictures, _ in rows)
     figure, axes = plt.subplots(len(rows), columns, figsize=(1.2 * columns, 1.4 * len(rows)),
                                 squeeze=False, layout="constrained")
-    for row, (pictures, labels) in zip(axes, rows):
+    for row, (pictures, y) in zip(axes, rows):
         for axis in row:
             axis.axis("off")
-        for axis, picture, label in zip(row, pictures, labels):
+        for axis, picture, number in zip(row, pictures, y):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
-            if label >= 0:
-                colour = "black" if axis is row[0] else "green" if label == labels[0] else "red"
-                axis.set_title(classes[label][:14], fontsize=8, color=colour)
+            if number >= 0:
+                colour = "black" if axis is row[0] else "green" if number == y[0] else "red"
+                axis.set_title(classes[number][:14], fontsize=8, color=colour)
     figure.suptitle(f"{title}: an image, and those nearest to it", fontsize=9)
     save(figure, path)
 
 
-def draw_components(points, shares, labels, classes, title, path):
-    """Draw components.png: points n 2, shares of the variance on each axis, labels n (-1: none).
+def draw_components(points, shares, y, classes, title, path):
+    """Draw components.png: points n 2, shares of the variance on each axis, y n (-1: unknown).
 
     The ten commonest classes have colours."""
     figure, axis = plt.subplots(figsize=(7, 5.5), layout="constrained")
-    known = labels[labels >= 0]
+    known = y[y >= 0]
     coloured = known.bincount().argsort(descending=True)[:10].sort().values if len(known) else []
-    others = ~torch.isin(labels, torch.as_tensor(coloured, dtype=labels.dtype))
+    others = ~torch.isin(y, torch.as_tensor(coloured, dtype=y.dtype))
     axis.scatter(*points[others].T, s=8, color="lightgrey")
-    for number, label in enumerate(coloured):
-        axis.scatter(*points[labels == label].T, s=8, color=f"C{number}", label=classes[label])
+    for number, each in enumerate(coloured):
+        axis.scatter(*points[y == each].T, s=8, color=f"C{number}", label=classes[each])
     for name, share, set_label in zip(("first", "second"), shares,
                                       (axis.set_xlabel, axis.set_ylabel)):
         set_label(f"{name} principal component ({share:.0%} of the variance)")
@@ -271,8 +271,8 @@ def draw_components(points, shares, labels, classes, title, path):
 
 
 def draw_few(curves, ylabel, guessing, path):
-    """Draw scores over the number of labelled images. curves: {name: labels (their texts), images,
-    scores, deviations}, four lists alike. guessing: the score of that, None if they differ.
+    """Draw scores over the number of training images. curves: {name: amounts (texts: "5", "10%"),
+    images, scores, deviations}, four lists alike. guessing: the score of that, None if they differ.
 
     Images of each class and shares of all images are two lines, since a share may be fewer images
     or more."""
@@ -294,8 +294,8 @@ def draw_few(curves, ylabel, guessing, path):
     axis.set_xticks(list(ticks), [f"{text} ({n})" for n, text in ticks.items()], fontsize=7,
                     rotation=60)
     axis.minorticks_off()
-    axis.set(xlabel="labels: images of each class, or (dotted) a share of all; in brackets the "
-             "images", ylabel=f"{ylabel}, %")
+    axis.set(xlabel="training images: so many of each class, or (dotted) a share of all; in "
+             "brackets the number", ylabel=f"{ylabel}, %")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     save(figure, path)

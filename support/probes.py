@@ -327,7 +327,7 @@ def warn_of_small_classes(y, pool, classes):
     there = y[pool].bincount(minlength=len(classes)) if y.ndim == 1 else y[pool].sum(0)
     few = [f"{name} ({n})" for name, n in zip(classes, there.tolist()) if n < 10]
     if few:
-        print("fewer than ten images to draw labels from, so columns that ask for more use all: "
+        print("fewer than ten images to draw from, so columns that ask for more use all: "
               f"{', '.join(few[:5])}{', ...' * (len(few) > 5)}", file=sys.stderr)
 
 

@@ -16,11 +16,19 @@ import torch
 import torch.nn.functional as F
 
 from data import generator
-from pseudo_labels import count_labels, health
 from support.checkpoint import parts_of, save_checkpoint
 from support.devices import best_precision, peak_memory
 from support.files import append_json, read_json_lines
-from support.health import MONITORED, agreements, assign, monitor, reconstruct, signs_of_collapse
+from support.health import (
+    MONITORED,
+    agreements,
+    assign,
+    count_labels,
+    health,
+    monitor,
+    reconstruct,
+    signs_of_collapse,
+)
 from support.pictures import (
     clusters,
     curves,
@@ -334,8 +342,8 @@ def draw_evaluated(evaluated, n=8, nearest=6):
     cosine = F.normalize(shown_x[chosen], dim=1) @ F.normalize(x, dim=1).T
     near = ids[cosine.topk(min(nearest, len(x))).indices]                               # n nearest
     own = images.y[shown[chosen]]
-    rows = [([picture, *pictures(train, each)], [label, *train.y[each].tolist()])
-            for picture, label, each in zip(pictures(images, shown[chosen]), own.tolist(), near)]
+    rows = [([picture, *pictures(train, each)], [y, *train.y[each].tolist()])
+            for picture, y, each in zip(pictures(images, shown[chosen]), own.tolist(), near)]
     title = f"{evaluated.name}, {token}" + " token" * (token != "pixels")
     draw_neighbours(rows, train.classes, title, evaluated.output_path("neighbours", ".png"))
 

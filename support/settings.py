@@ -126,7 +126,7 @@ class Config:
         "0.3%", "of the labelling teacher: 1% of the run, or 30 steps; A:B changes from A to B",
         half_life)
     reconstruction_half_life: str = option(
-        "3%", "of the reconstruction teacher, likewise; without labels, of the only teacher",
+        "3%", "of the reconstruction teacher, likewise; without pseudo labels, of the only one",
         half_life)
     # the optimiser
     lr: float = option(
@@ -144,7 +144,7 @@ class Config:
         None, "a file to start from: official MAE weights, timm's, a checkpoint.pt, an export; "
         "mean and std of the pixels are then those of the file")
     val_fraction: float = option(
-        0.1, "share of the labelled training images kept out of training, for k-NN meanwhile",
+        0.1, "share of the training images of known class kept out, for k-NN meanwhile",
         range=(0, 0.9))
     eval_every: int = option(
         None, "epochs between k-NN, pictures and checkpoints (default: a tenth of the run)",

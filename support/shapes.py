@@ -194,7 +194,7 @@ def scene(index):
 
 
 def load_shapes(root, split):
-    """pixels, labels, classes, targets of a split, drawn if they are not under root yet.
+    """pixels, y, classes, targets of a split, drawn if they are not under root yet.
 
     pixels n 3 64 64 uint8; targets: multilabel n 10, masks and owners n 64 64, boxes n 4 5."""
     path = Path(root) / "shapes" / f"{split}-v{VERSION}.{KEPT}.npz"
@@ -221,9 +221,9 @@ def draw_scenes(path):
 
     figure, axes = plt.subplots(6, 10, figsize=(15, 9.5))
     for i, (top, bottom) in enumerate(zip(axes[::2].flat, axes[1::2].flat)):
-        image, label, _, mask, _, boxes = scene(i)
+        image, kind, _, mask, _, boxes = scene(i)
         top.imshow(image.transpose(1, 2, 0))
-        top.set_title(list(KINDS)[label], fontsize=9)
+        top.set_title(list(KINDS)[kind], fontsize=9)
         bottom.imshow(mask, cmap="tab20", vmin=0, vmax=len(KINDS), interpolation="nearest")
         for left, upper, right, lower, _ in boxes[boxes[:, 4] >= 0]:
             corner, width, height = (left - 0.5, upper - 0.5), right - left, lower - upper

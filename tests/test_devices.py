@@ -17,10 +17,11 @@ import train
 from data import Batches, draw
 from extras import finetune, segment, tuning
 from mae import VisionTransformer
-from pseudo_labels import BALANCING, Student, count_labels
+from pseudo_labels import BALANCING, Student
 from support import datasets, devices, report, settings
 from support.command_line import UsageError
 from support.datasets import Images
+from support.health import count_labels
 from teachers import make_teachers
 
 GPU = torch.device("cuda", 0)

@@ -267,7 +267,7 @@ def test_lowshot_says_where_there_are_fewer_images_than_asked_for(untrained, pho
     assert record["images"]["10"] < 30
     evaluation.main(["lowshot", "--checkpoint", untrained, "--data", "imagefolder", "--data-root",
                      str(tmp_path / "few"), "--device", "cpu"])
-    assert "fewer than ten images to draw labels from" in capsys.readouterr().err
+    assert "fewer than ten images to draw from" in capsys.readouterr().err
 
 
 def test_several_networks_stand_side_by_side(untrained, capsys, tmp_path):
@@ -443,7 +443,7 @@ def test_bad_folders(untrained, photos, tmp_path, refused):
             folder.mkdir(parents=True)
             for i in range(4):
                 shutil.copy(photos / "train" / name / f"{i}.png", folder)
-    assert "8 labelled training images; at least 10" in words("few")
+    assert "8 training images of known class; at least 10" in words("few")
 
 
 def test_networks_that_are_not_there(small_run, refused, no_pictures):

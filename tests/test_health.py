@@ -12,7 +12,7 @@ from data import Batches
 from mae import patchify
 from pseudo_labels import Student, plain_norm, sinkhorn
 from support import health, probes
-from support.health import nmi, purity, table
+from support.health import count_labels, nmi, purity, table
 from support.pictures import to_pictures
 from teachers import Teacher, standardise
 
@@ -24,7 +24,7 @@ VIEWS = dict(remove_place=False, crop=0.35, colours=1.0, teacher_view="same")
 
 def test_monitor_is_knn_on_the_images_held_out():
     images = some_images(40, torch.arange(40) % 3, "abc")
-    images.y[4] = -1                                  # an image to train on without a label
+    images.y[4] = -1                                  # an image to train on of unknown class
     images.pixels[:, 0] = 80 * (torch.arange(40) % 3)[:, None, None]
     encoder = Student(**TOY).mae.encoder
     train_ids, val_ids = torch.arange(30), torch.arange(30, 40)
@@ -391,3 +391,27 @@ def test_purity_is_the_accuracy_of_naming_clusters():
     assert purity(clusters, classes) == right / 200
     assert purity(classes + 5 * (clusters > 6), classes) == 1     # a class may have many clusters
     assert purity(np.arange(200), classes) == 1                   # chance grows with clusters
+
+
+# ----------------------------------------------------------------------------- the health of labels
+
+def test_health():
+    spread = health.health(count_labels(torch.eye(4).repeat(3, 1)))
+    want = dict(entropy=0, clusters=4, effective=4, largest=0.25)
+    assert spread == pytest.approx(want, abs=1e-5)
+    gathered = health.health(count_labels(torch.eye(4)[[1, 1, 1, 1]].reshape(2, 2, 4)))
+    want = dict(entropy=0, clusters=1, effective=1, largest=1)
+    assert gathered == pytest.approx(want, abs=1e-5)
+    vague = health.health(count_labels(torch.full((5, 4), 0.25)))
+    assert (vague["entropy"], vague["effective"]) == pytest.approx((math.log(4), 4), abs=1e-5)
+
+
+def test_counts_are_means_over_samples():
+    """So that their mean over steps of equal size is the count of all samples of these steps."""
+    labels = (torch.randn(3, 8, 5, dtype=torch.float64) / 0.1).softmax(-1)     # 3 steps of 8
+    mean = sum(count_labels(step) for step in labels) / 3
+    torch.testing.assert_close(mean, count_labels(labels))
+    q = labels.flatten(0, 1)
+    torch.testing.assert_close(mean[:5], q.mean(0))
+    torch.testing.assert_close(mean[5:10], F.one_hot(q.argmax(1), 5).double().mean(0))
+    torch.testing.assert_close(mean[10], -(q * q.log()).sum(1).mean())

@@ -10,13 +10,12 @@ from conftest import TOY
 
 from mae import MaskedAutoencoder
 from pseudo_labels import (
+    BALANCING,
     CENTRE_MOMENTUM,
     Head,
     Student,
     balance,
     centring,
-    count_labels,
-    health,
     image_label_loss,
     koleo,
     label_loss,
@@ -120,12 +119,15 @@ def test_balance_does_what_its_settings_say():
     scores, centre = torch.randn(10, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     torch.testing.assert_close(balance(scores, centre, settings("sinkhorn", 0.2)),
                                sinkhorn(scores, 0.2))
-    p = (scores / 0.1).exp()                               # me-max leaves labels as they are
-    torch.testing.assert_close(balance(scores, centre, settings("me-max", 0.1)),
-                               p / p.sum(-1, keepdim=True))
+    p = (scores / 0.1).exp()                               # these leave labels as they are
+    for name in ("me-max", "none"):
+        torch.testing.assert_close(balance(scores, centre, settings(name, 0.1)),
+                                   p / p.sum(-1, keepdim=True))
+    with pytest.raises(ValueError, match="there are sinkhorn, centring, me-max, none"):
+        balance(scores, centre, settings("sinkhorm"))
 
 
-@pytest.mark.parametrize("balancing", ["sinkhorn", "centring", "me-max"])
+@pytest.mark.parametrize("balancing", BALANCING)
 def test_labels_are_of_the_tokens_and_only_centring_moves_the_centres(balancing):
     teacher = Teacher(Student(**TOY, image_clusters=5, patch_clusters=7), heads=True).double()
     config, tokens = settings(balancing), torch.randn(6, 17, 32, dtype=torch.float64)
@@ -340,30 +342,6 @@ def test_losses_of_two_ranks_are_those_of_the_whole_batch(two_ranks, loss_of):
     torch.testing.assert_close(sum(loss for loss, _ in results) / 2, want.detach())
     for rank, (_, gradient) in enumerate(results):
         torch.testing.assert_close(gradient / 2, images_of_a_rank(want_gradient, rank))
-
-
-# ----------------------------------------------------------------------------- the health of labels
-
-def test_health():
-    spread = health(count_labels(torch.eye(4).repeat(3, 1)))
-    want = dict(entropy=0, clusters=4, effective=4, largest=0.25)
-    assert spread == pytest.approx(want, abs=1e-5)
-    gathered = health(count_labels(torch.eye(4)[[1, 1, 1, 1]].reshape(2, 2, 4)))
-    want = dict(entropy=0, clusters=1, effective=1, largest=1)
-    assert gathered == pytest.approx(want, abs=1e-5)
-    vague = health(count_labels(torch.full((5, 4), 0.25)))
-    assert (vague["entropy"], vague["effective"]) == pytest.approx((math.log(4), 4), abs=1e-5)
-
-
-def test_counts_are_means_over_samples():
-    """So that their mean over steps of equal size is the count of all samples of these steps."""
-    labels = (torch.randn(3, 8, 5, dtype=torch.float64) / 0.1).softmax(-1)     # 3 steps of 8
-    mean = sum(count_labels(step) for step in labels) / 3
-    torch.testing.assert_close(mean, count_labels(labels))
-    q = labels.flatten(0, 1)
-    torch.testing.assert_close(mean[:5], q.mean(0))
-    torch.testing.assert_close(mean[5:10], F.one_hot(q.argmax(1), 5).double().mean(0))
-    torch.testing.assert_close(mean[10], -(q * q.log()).sum(1).mean())
 
 
 # ---------------------------------------------------------------------------- heads and the student
