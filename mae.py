@@ -65,7 +65,7 @@ def patchify(imgs, patch_size):
     (ph, pw), (B, C, H, W) = pair(patch_size), imgs.shape
     if H % ph or W % pw:
         raise ValueError(f"patches of {ph} x {pw} do not divide an image of {H} x {W}")
-    x = imgs.reshape(B, C, H // ph, ph, W // pw, pw)
+    x = imgs.reshape(B, C, H // ph, ph, W // pw, pw)        # B C rows ph columns pw
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, ph * pw * C)                         # B N P
 
 
@@ -295,8 +295,8 @@ class Decoder(nn.Module):
     def forward(self, latent, ids_restore):
         """latent B 1+V D, ids_restore B N -> states B N d.
 
-        The caller applies `pred` to the states, as patch pseudo labels are predicted from these
-        too."""
+        States, not predictions: `pred` makes these of them, and patch pseudo labels
+        (pseudo_labels.py) are predicted from them too."""
         x = self.embed(latent)                                                           # B 1+V d
         patches = restore_tokens(x[:, 1:], ids_restore, self.mask_token)                   # B N d
         x = torch.cat([x[:, :1], patches], dim=1) + self.pos_embed                       # B 1+N d
@@ -342,7 +342,8 @@ class MaskedAutoencoder(nn.Module):
     def forward(self, imgs, mask_ratio=0.75, noise=None, target=None):
         """B C H W -> loss, pred B N P, mask B N (1 masked). This is MAE by itself.
 
-        target: B N target_dim, the pixels by default. Raises ValueError where these do not fit."""
+        target: B N target_dim, the pixels by default. Raises ValueError if it is not target_dim
+        wide."""
         if target is None:
             target = pixel_target(imgs, self.encoder.patch_size, self.norm_pix_loss)
         if target.shape[-1] != self.target_dim:

@@ -11,14 +11,16 @@ score. *Image pseudo labels* are made of the class token, *patch pseudo labels* 
 
 There are two ways to learn nothing:
 
-    one cluster for all    predicted at almost no loss. *Balancing* the labels forbids it, in one of
-                           three ways. `sinkhorn` gives all clusters like shares of each batch.
-                           `centring` subtracts from each cluster its running mean score. ME-MAX
-                           leaves the labels alone and rewards a student whose mean prediction is
-                           uniform. (`none` does nothing: notebook 3 shows what follows.)
-    1/K for everything     a loss of ln K, which is logged beside the losses of pseudo labels as the
-                           line to get below. `koleo` keeps the tokens of different images apart, so
-                           that there is more to predict.
+    one cluster for all    Every sample gets the same cluster. The student predicts that at almost
+                           no loss. Two ways to *balance* the labels forbid it: `sinkhorn` gives all
+                           clusters like shares of each batch, `centring` subtracts from each
+                           cluster its running mean score. A third way, ME-MAX, is a loss: it
+                           rewards a student whose mean prediction is uniform. (`none` does
+                           nothing. Then this is what happens: notebook 3 shows it.)
+    1/K for everything     Every sample belongs to all clusters alike. The loss is then ln K. It is
+                           logged beside the losses of pseudo labels, as the line to get below. A
+                           low temperature of the teacher works against it, and `koleo`, which
+                           keeps the tokens of different images apart.
 
 To skip at first reading: `centring`, `me_max`, and *ranks* (the processes of a run on several GPUs;
 each holds a part of the batch, and what is a sum over the batch is summed over ranks).
@@ -44,8 +46,8 @@ CENTRE_MOMENTUM = 0.9              # of the running mean score (DINO)
 def full_precision(x):
     """A context in which products are computed in x's own precision, not in autocast's bf16.
 
-    Cosines are divided by temperatures as low as 0.0125. A step of bf16 near 1 is 0.0039, and that
-    becomes 0.31 nats."""
+    Cosines are divided by temperatures as low as 0.0125. A step of bf16 near 1 is 0.0039. Divided,
+    it puts a log-probability off by 0.31."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -127,7 +129,7 @@ class Student(nn.Module):
             # The label of a visible patch is predicted from the encoder's token; of a masked one
             # from the decoder's state, as the encoder has no token of it. The norm brings both to
             # one scale, so that one head serves both.
-            nothing = z.new_zeros(1, 1, z.shape[-1])
+            nothing = z.new_zeros(1, 1, z.shape[-1])       # at masked places: replaced below
             visible = restore_tokens(z[:, 1:], ids_restore, fill=nothing)                # B N D
             masked = self.decoder_label(states)                                          # B N D
             y = torch.where(mask[..., None] == 1, masked, visible)                       # B N D
@@ -139,17 +141,18 @@ class Student(nn.Module):
 
 @torch.no_grad()
 def sinkhorn(scores, temperature=0.05, iterations=3):
-    """Sinkhorn-Knopp: scores S K -> labels S K whose rows sum to 1 and whose columns (clusters) sum
-    to nearly S / K.
+    """Sinkhorn-Knopp: scores S K -> labels S K. Rows (samples) sum to 1, columns (clusters) to
+    nearly S / K.
 
-    Columns and rows of exp(scores / temperature) are normalised in turn. Rows come last, so these
-    are exact. Three rounds bring the columns of random cosines within 1 % at a temperature of 0.05,
-    within 30 % at 0.0125. In log space, as exp would overflow; in float32 at least
-    (`at_least_fp32`). Over several ranks only K numbers travel. Temperature and iterations as in
-    SwAV (Caron et al. 2020)."""
+    Columns and rows of exp(scores / temperature) are normalised in turn, each to a sum of 1. Rows
+    come last, so these are exact. Three rounds bring the sums of columns of random cosines within
+    1 % of S / K at a temperature of 0.05, within 30 % at 0.0125 (that of `shapes`). In log space,
+    as exp would overflow; in float32 at least (`at_least_fp32`). Temperature and iterations as in
+    SwAV (Caron et al. 2020). A run passes the temperature of its settings."""
     log_q = at_least_fp32(scores) / temperature                                            # S K
     for _ in range(iterations):
-        # A cluster: its logsumexp over all samples becomes 0. The maximum keeps exp in range.
+        # A cluster sums to 1: less its logsumexp over the samples of all ranks. That is written
+        # out, so that only K numbers travel between ranks. The maximum keeps exp in range.
         top = over_ranks(log_q.amax(0), "MAX")                                               # K
         total = over_ranks((log_q - top).exp().sum(0), "SUM")                                # K
         log_q = log_q - top - total.log()
@@ -189,15 +192,18 @@ def balance(scores, centre, config):
 def remove_place(scores):
     """Scores of patches B N K less their mean at each place, over the views of all ranks.
 
-    The easiest thing to know of a patch is where it is, so clusters tend to become places. Less
-    this mean, the scores of a cluster are, on average, no higher at one place than at another."""
+    The easiest thing to know of a patch is where it is, so clusters tend to become places. After
+    this no cluster scores higher at one place than at another, on average over the views. Only the
+    teacher's scores are treated so."""
     return scores - mean_over_ranks(scores.mean(0))
 
 
 @torch.no_grad()
 def make_labels(teacher, tokens, config):
     """The labelling teacher's tokens B 1+N D -> pseudo labels {"image": B K, "patch": B N K}, of
-    the heads that it has. With centring, its centres move on."""
+    the heads that it has. With centring, its centres move on.
+
+    config: of support/settings.py; here its balancing, teacher_temperature and remove_place."""
     scores, labels = {}, {}
     if teacher.image_head is not None:
         scores["image"] = teacher.image_head(tokens[:, 0])                                 # B K
@@ -206,7 +212,7 @@ def make_labels(teacher, tokens, config):
         if config.remove_place:
             scores["patch"] = remove_place(scores["patch"])
     for name, each in scores.items():
-        samples = each.flatten(0, -2)                                                      # S K
+        samples = each.flatten(0, -2)                      # B K stays, B N K becomes (B N) K
         labels[name] = balance(samples, teacher.centres[name], config).view_as(each)
         if config.balancing == "centring":
             move_centre(teacher.centres[name], samples)
@@ -217,8 +223,13 @@ def swap_views(labels, views):
     """Each view gets the label of the other view of its image: what two crops share is content.
 
     labels B K, all first views, then all second ones. With one view it keeps its own. Only of image
-    pseudo labels: the patches of two crops show different things."""
-    return labels.roll(len(labels) // 2, dims=0) if views == 2 else labels
+    pseudo labels: the patches of two crops show different things. Raises ValueError for two views
+    in an odd batch."""
+    if views == 1:
+        return labels
+    if len(labels) % 2:
+        raise ValueError(f"{len(labels)} rows are not two views of some images")
+    return labels.roll(len(labels) // 2, dims=0)
 
 
 # --------------------------------------------------------------------------------------- the losses
@@ -226,7 +237,7 @@ def swap_views(labels, views):
 def label_loss(scores, labels, temperature=0.1):
     """Cross-entropy of each sample: the student's scores ... K, labels ... K -> ..., in nats.
 
-    At least the entropy of the label. Temperature as in iBOT and MC-SSL."""
+    The least it can be is the entropy of the label, not 0. Temperature as in iBOT and MC-SSL."""
     return -(labels * F.log_softmax(scores / temperature, dim=-1)).sum(-1)
 
 
@@ -244,7 +255,9 @@ def patch_label_loss(scores, labels, mask, which="both", temperature=0.1):
     loss = label_loss(scores, labels, temperature)                                         # B N
     masked = (loss * mask).sum() / mask.sum()
     visible = (loss * (1 - mask)).sum() / (1 - mask).sum()
-    return {"masked": masked, "visible": visible, "both": (masked + visible) / 2}[which]
+    if which == "both":
+        return (masked + visible) / 2
+    return {"masked": masked, "visible": visible}[which]
 
 
 def me_max(scores, temperature=0.1):

@@ -6,7 +6,8 @@ what the decoder predicts.
     reconstruction teacher    encoder             sees the whole view; its patch tokens are what the
                                                   decoder predicts
 
-(In the recipe rc-mae there is one with a decoder, which sees the student's masks.)
+(RC-MAE, Lee et al. 2023, is an MAE that also predicts the pixels a teacher predicts. In that recipe
+the reconstruction teacher has a decoder and sees the student's masks.)
 
 A teacher is never trained. After every optimiser step its weights move a little towards the
 student's,
@@ -15,9 +16,9 @@ student's,
 
 so it is an average of recent students, steadier than any of them. How recent is said by its
 *half-life* h: a student of h steps ago counts half of what the present one counts, m = 0.5^(1/h).
-The two jobs need not want the same half-life: labels may want to stay the same for long, and
-targets to be up to date, or the other way round. That is why there are two teachers. With equal
-half-lives, and the same input, two teachers are one.
+The two jobs need not want the same half-life. That is why there are two teachers. By default labels
+follow fast (0.3 % of the run) and targets slowly (3 %). With equal half-lives, and the same input,
+two teachers are one.
 
 Letters:  B views in the batch, N patches, V visible ones, D width of the encoder, P numbers that
           are predicted of a patch, K clusters.
@@ -71,7 +72,7 @@ class Teacher(nn.Module):
         """Whole views B C H W -> tokens B 1+N D, the class token first."""
         return self.encoder(imgs)
 
-    def forward(self, imgs, mask_ratio, noise):
+    def predict_pixels(self, imgs, mask_ratio, noise):
         """RC-MAE's teacher alone: it sees masked views, as the student does.
 
         Views B C H W under the masks of noise B N -> what its decoder predicts, B N P."""
@@ -84,8 +85,11 @@ class Teacher(nn.Module):
         """Every parameter: T <- m T + (1 - m) student. 0 copies the student, 1 stands still."""
         # "image_head.x" is a parameter of the student, "encoder.x" one of student.mae.
         theirs = dict(student.named_parameters()) | dict(student.mae.named_parameters())
-        names, own = zip(*self.named_parameters())
-        ema_update(list(own), [theirs[name] for name in names], m)
+        averages, weights = [], []
+        for name, own in self.named_parameters():
+            averages.append(own)
+            weights.append(theirs[name])
+        ema_update(averages, weights, m)
 
 
 @torch.no_grad()
@@ -125,10 +129,14 @@ def make_teachers(student, config):
     labelled = student.image_head is not None or student.patch_head is not None
     labelling = Teacher(student, heads=True) if labelled else None
     if config.consistency_weight:
-        return Teachers(labelling, Teacher(student, decoder=True))
-    if not labelled or (config.target == "tokens" and config.teachers == 2):
-        return Teachers(labelling, Teacher(student))
-    return Teachers(labelling, labelling if config.target == "tokens" else None)
+        reconstruction = Teacher(student, decoder=True)
+    elif config.target == "tokens" and labelled and config.teachers == 1:
+        reconstruction = labelling
+    elif config.target == "tokens" or not labelled:
+        reconstruction = Teacher(student)
+    else:
+        reconstruction = None          # pixels are the target, or nothing is
+    return Teachers(labelling, reconstruction)
 
 
 # ----------------------------------------------------------------------------------- the schedules
@@ -159,8 +167,8 @@ def in_steps(part, total):
 def momentum(step, total, half_life):
     """m after optimiser step number `step` (0 is the first) of the `total` of the whole run.
 
-    half_life: a text as above. Between "first:last" m goes by a cosine, as in BYOL. m from 0.996 to
-    1 (DINO, RC-MAE) is "173:inf"."""
+    half_life: a text as above. From "first" to "last" of "first:last" m goes by a cosine, as in
+    BYOL. m from 0.996 to 1 (DINO, RC-MAE) is "173:inf"."""
     ends = [in_steps(part, total) for part in half_life.split(":")]
     first, last = (0.5 ** (1 / h) if h > 0 else 0.0 for h in (ends[0], ends[-1]))
     progress = min(1, step / max(1, total - 1))

@@ -16,7 +16,6 @@ Letters:  B views in a micro-batch (what a process computes at once): all first 
 import math
 import sys
 import time
-from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,14 +56,14 @@ def training_step(student, teachers, views, config):
         # 2  What the decoder predicts: the reconstruction teacher's tokens; or the pixels of the
         #    student's own view, as their colours are those it can see.
         if config.target == "tokens":
-            if teachers.reconstruction is not teachers.labelling:
+            if teachers.reconstruction is not teachers.labelling:      # else they are there already
                 tokens = teachers.reconstruction.encode(views.teacher)               # B 1+N D
             targets["rec"] = standardise(tokens[:, 1:], config.standardise)     # B N P, P = D
         elif config.target == "pixels":
             targets["rec"] = pixel_target(
                 views.student, config.patch_size, config.norm_pix_loss)              # B N P
         if config.consistency_weight:                      # RC-MAE: the same view, the same masks
-            targets["consistency"] = teachers.reconstruction(
+            targets["consistency"] = teachers.reconstruction.predict_pixels(
                 views.student, config.mask_ratio, views.noise)                       # B N P
 
     # 3  The student sees the visible patches.
@@ -72,12 +71,11 @@ def training_step(student, teachers, views, config):
 
     # 4  What it predicted, against what it should have predicted.
     terms = losses(predicted, labels, targets, config)
-    term = defaultdict(float, terms)                       # a term that is not in use is 0
-    loss = (config.rec_weight * term["rec"]
-            + config.consistency_weight * term["consistency"]
-            + config.image_weight * (term["image"] + term["image_me_max"])
-            + config.koleo_weight * term["koleo"]
-            + config.patch_weight * (term["patch"] + term["patch_me_max"]))
+    weight = {"rec": config.rec_weight, "consistency": config.consistency_weight,
+              "image": config.image_weight, "image_me_max": config.image_weight,
+              "koleo": config.koleo_weight,
+              "patch": config.patch_weight, "patch_me_max": config.patch_weight}
+    loss = sum(weight[name] * term for name, term in terms.items())
     return loss, terms, labels, targets
 
 
@@ -115,8 +113,8 @@ def build(config, channels):
 
 
 def parameter_groups(network, weight_decay):
-    """Weight decay on matrices only: the scale of a bias, a norm, a token or a prototype means
-    something."""
+    """Weight decay on matrices only. The scale of a bias, a norm or a token means something. That
+    of a prototype does not, but if it decayed, each step of the optimiser would turn it further."""
     matrices, others = [], []
     for name, p in network.named_parameters():
         if p.requires_grad:

@@ -243,7 +243,7 @@ def conclude(run):
                 f"{first['knn_class']:.1%} and {last['knn_class']:.1%}, mean token "
                 f"{first['knn_mean']:.1%} and {last['knn_mean']:.1%}")
     root = Path(run.config.data_root)
-    can_test = run.images.classes and (
+    can_test = (run.images.y >= 0).any() and (
         run.config.data != "imagefolder" or (root / "test").is_dir() or (root / "val").is_dir())
     following = f"; next: python eval.py linear --checkpoint {path}" if can_test else ""
     run.say(f"done: {path} and its pictures{following}")

@@ -174,6 +174,8 @@ def test_swapping_views_crosses_them_and_twice_is_nothing():
     swapped = swap_views(labels, views=2)
     assert torch.equal(swapped[:3], labels[3:]) and torch.equal(swapped[3:], labels[:3])
     assert torch.equal(swap_views(swapped, views=2), labels)
+    with pytest.raises(ValueError, match="3 rows"):
+        swap_views(labels[:3], views=2)
     assert torch.equal(swap_views(labels, views=1), labels)
 
 

@@ -147,12 +147,12 @@ def test_swapping_the_views_swaps_the_image_labels_and_nothing_else():
 def test_rc_maes_teacher_sees_the_students_mask():
     config, student, teachers, views = setting("--recipe", "rc-mae")
     assert step(config, student, teachers, views)[1]["consistency"] == 0     # same weights, mask
-    other_mask = teachers.reconstruction
+    own_mask = teachers.reconstruction.predict_pixels
 
     def under_another_mask(imgs, mask_ratio, noise):
-        return other_mask(imgs, mask_ratio, noise.flip(1))
+        return own_mask(imgs, mask_ratio, noise.flip(1))
 
-    teachers.reconstruction = under_another_mask
+    teachers.reconstruction.predict_pixels = under_another_mask
     assert step(config, student, teachers, views)[1]["consistency"] > 1e-3
 
 
