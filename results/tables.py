@@ -33,7 +33,7 @@ SUMMARY = {
     "mae": "`mae`",
     "rc-mae": "`rc-mae`",
     "image-labels": "`image-labels`: image pseudo labels alone",
-    "mim-cluster": "`mim-cluster`: pixels in place of tokens",
+    "mim-cluster": "`mim-cluster`: one teacher, pixels in place of tokens",
     "pl-mae-one-teacher": "`pl-mae-one-teacher`",
     "pl-mae": "`pl-mae`",
 }
