@@ -323,10 +323,10 @@ def tune(config, encoder, model, images, ids, statistics, loss_of, look, device)
                         record |= look()
                 append_json(out / "metrics.jsonl", record)
                 say("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
+                losses, since = [], time.perf_counter()
                 if pause:
                     keep(done)
                     draw_curves(out)
-                losses, since = [], time.perf_counter()
             if (told := watch.told(saved=pause)) and not pause:
                 keep(done)
             watch.end_if_signalled(told, done, out)

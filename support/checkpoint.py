@@ -82,7 +82,9 @@ def is_damaged(path):
             if file.read(2) != b"PK":
                 return False
         with zipfile.ZipFile(path) as file:
-            return file.testzip() is not None
+            # torch reads nothing, and says nothing, where a flipped bit makes a tensor a folder
+            return file.testzip() is not None or any(
+                each.external_attr & 0x10 for each in file.infolist())
     except Exception:      # zipfile raises whatever a wrong number leads it to
         return True
 
