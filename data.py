@@ -14,6 +14,7 @@ Letters:  B views in a micro-batch of one process (views x images, first views b
 """
 
 import math
+import signal
 from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
@@ -167,6 +168,12 @@ class CroppedFiles(torch.utils.data.Dataset):
         return cut(image, boxes.tolist(), size)
 
 
+def survive_one_sigterm(worker):
+    """Queues and torchrun send SIGTERM to all processes of a run. Its workers leave the first one
+    to the run, which finishes its step and ends them; a second one ends them."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
 class Views(NamedTuple):
     """A micro-batch of one process: views x n images, all first views, then all second ones."""
 
@@ -248,6 +255,7 @@ class Batches:
 
         files = CroppedFiles(self.images, self.smallest)
         loader = torch.utils.data.DataLoader(files, batch_sampler=plan(), num_workers=self.workers,
+                                             worker_init_fn=survive_one_sigterm,
                                              pin_memory=self.device.type == "cuda")
         return iter(loader)
 

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import pseudo_labels
 from data import Batches
 from mae import masked_mse, pixel_target
-from support import checkpoint, datasets, devices, report, settings, weights
+from support import checkpoint, datasets, devices, life, report, settings, weights
 from support.command_line import UsageError, run_main
 from support.ranks import world_size
 from teachers import Teachers, make_teachers, momentum, standardise
@@ -149,6 +149,7 @@ class Run:
     rank: int
     steps_per_epoch: int
     start: int = 0                                         # the first step to do
+    meter: dict = None                                     # sums of a log line before the stop
     signs: set = field(default_factory=set)                # of collapse, when it was last logged
     warned: set = field(default_factory=set)               # signs that were warned of
 
@@ -170,6 +171,7 @@ def main(argv=None):
     config = settings.resolve(argv)
     device = devices.choose_device(config.device)
     rank, world = devices.start_processes(device)
+    checkpoint.claim(config.out, rank)
     if config.precision == "auto":
         config.precision = (checkpoint.precision_before(config.out)
                             or devices.best_precision(device))
@@ -205,21 +207,23 @@ def main(argv=None):
         # The loop.
         if run.start == 0:
             report.evaluate_and_save(run, 0)
-        train(run, batches, torch.autocast(device.type, compute, enabled=compute is not None))
+        with life.Watch(config.save_minutes, rank) as watch:
+            autocast = torch.autocast(device.type, compute, enabled=compute is not None)
+            train(run, batches, autocast, watch)
     if world > 1:
         distributed.barrier()
         distributed.destroy_process_group()
     report.conclude(run)
 
 
-def train(run, batches, autocast):
+def train(run, batches, autocast, watch):
     """The loop over optimiser steps."""
     config, student, teachers, total = run.config, run.student, run.teachers, run.total
     half_lives = {"labelling": config.labelling_half_life,
                   "reconstruction": config.reconstruction_half_life}
     called, one_step = prepare(run, batches)
     stream = batches.run(run.start, total)
-    meter = report.Meter(run.start)
+    meter = report.start_meter(run)
     for step in range(run.start, total):
         lr = learning_rate(step, total, config)
         for group in run.optimizer.param_groups:
@@ -256,6 +260,9 @@ def train(run, batches, autocast):
             if look:
                 report.evaluate_and_save(run, done)
             meter = report.Meter(done)
+        if (told := watch.told(saved=look)) and not look:  # by the clock, or a signal
+            checkpoint.save(run, done, meter.state())
+        watch.end_if_signalled(told, done, run.out)
 
 
 def prepare(run, batches):

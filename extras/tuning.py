@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 
 from data import epoch_order, generator
 from mae import SIZES, VisionTransformer, pair
-from support.checkpoint import continue_from, save_checkpoint
+from support.checkpoint import NAME, PREVIOUS, claim, continue_from, save_checkpoint
 from support.command_line import (
     UsageError,
     check_ranges,
@@ -37,13 +37,14 @@ from support.command_line import (
 from support.datasets import SETS, held_out, load_images, mean_std, spread_out
 from support.devices import choose_precision, memory_errors_in_one_line, peak_memory
 from support.files import append_json, read_json_lines, truncate_log, write_atomically
+from support.life import Watch, lock
 from support.pictures import draw_line, plt, save
 from support.settings import COUNT, POSITIVE, describe
 from support.weights import exported, load_encoder, sizes
 from train import learning_rate
 
 # These may change when a run continues.
-FREE = {"data_root", "out", "eval_every", "log_every", "device"}
+FREE = {"data_root", "out", "eval_every", "log_every", "save_minutes", "device"}
 
 
 @dataclass
@@ -87,6 +88,9 @@ class Config:
         0.1, "share of the training images kept out, to look at meanwhile", range=(0, 0.9))
     eval_every: int = option(5, "epochs between looks and checkpoints", range=COUNT)
     log_every: int = option(50, "steps between lines of the log", range=COUNT)
+    save_minutes: float = option(
+        10.0, "checkpoints also come by the clock, so that a crash costs no more than that; 0: "
+        "only every --eval-every", range=POSITIVE)
     seed: int = option(0, "of new weights, order, crops, drop path", range=(0, 2**63 - 1))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     precision: str = option(
@@ -130,6 +134,7 @@ def start(Config, task, description, argv):
         name = Path(config.checkpoint).resolve().parent.name if config.checkpoint else config.data
         scratch = "-from-scratch" if config.from_scratch else ""
         config.out = f"runs/{task}-{name}{scratch}"
+    claim(config.out)
     config.img_size = list(pair(
         config.img_size or (encoder.img_size if encoder else SETS[config.data].size)))
     if config.from_scratch:
@@ -259,7 +264,7 @@ def tune(config, encoder, model, images, ids, statistics, loss_of, look, device)
     drop_paths(encoder, config.drop_path)
     optimizer = torch.optim.AdamW(parameter_groups(encoder, model, config), betas=(0.9, 0.999))
     mean = mean_std(images)[0]                             # tells these images from others
-    begin = resume(config, model, optimizer, mean, len(images))
+    begin, losses, seconds = resume(config, model, optimizer, mean, len(images))
     say(describe(config))
     in_all, in_encoder = (sum(p.numel() for p in module.parameters()) / 1e6
                           for module in (model, encoder))
@@ -272,48 +277,59 @@ def tune(config, encoder, model, images, ids, statistics, loss_of, look, device)
     if compute == torch.float16:       # its gradients would have to be scaled, as in train.py
         compute = None
     model.train()
-    order, losses, since = None, [], time.perf_counter()
-    for step in range(begin, total):
-        epoch, place = divmod(step, per_epoch)
-        if order is None or place == 0:
-            order = ids[epoch_order(config.seed, epoch, len(ids))]
-        for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * learning_rate(step, total, config)
-        torch.manual_seed(generator(config.seed, "step", step).initial_seed())
-        with memory_errors(config, device):
-            with torch.autocast(device.type, compute, enabled=compute is not None):
-                loss = loss_of(order[place * config.batch_size:(place + 1) * config.batch_size])
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(loss.detach())
 
-        done = step + 1
-        pause = done == total or done % (config.eval_every * per_epoch) == 0
-        if pause or done % config.log_every == 0:
-            seconds = time.perf_counter() - since
-            record = {"step": done, "epoch": done / per_epoch,
-                      "loss": torch.stack(losses).mean().item(),
-                      "lr": learning_rate(step, total, config),
-                      "images_per_s": round(len(losses) * config.batch_size / seconds, 1)}
-            record |= peak_memory(device)
-            if not math.isfinite(record["loss"]):
-                say(f"the loss is {record['loss']} at step {done}. The last checkpoint is intact; "
-                    "try a lower --lr, with another --out")
-                sys.exit(1)
-            if pause:
-                with memory_errors(config, device):
-                    record |= look()
-            append_json(out / "metrics.jsonl", record)
-            say("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
-            if pause:
-                save_checkpoint(out / "checkpoint.pt", dict(
-                    tuned=model.state_dict(), optimizer=optimizer.state_dict(), step=done,
-                    config=dataclasses.asdict(config), mean=mean, images=len(images),
-                    encoder=exported(encoder, *statistics)))           # for load_encoder
-                draw_curves(out)
-            losses, since = [], time.perf_counter()
+    def keep(step):
+        """Save, with what the next line of the log is computed from."""
+        save_checkpoint(out / NAME, dict(
+            tuned=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
+            losses=losses, seconds=time.perf_counter() - since,
+            config=dataclasses.asdict(config), mean=mean, images=len(images),
+            encoder=exported(encoder, *statistics)), keep=out / PREVIOUS)  # for load_encoder
+
+    losses = [each.to(device) for each in losses]
+    order, since = None, time.perf_counter() - seconds
+    with Watch(config.save_minutes) as watch:
+        for step in range(begin, total):
+            epoch, place = divmod(step, per_epoch)
+            if order is None or place == 0:
+                order = ids[epoch_order(config.seed, epoch, len(ids))]
+            for group in optimizer.param_groups:
+                group["lr"] = group["scale"] * learning_rate(step, total, config)
+            torch.manual_seed(generator(config.seed, "step", step).initial_seed())
+            with memory_errors(config, device):
+                with torch.autocast(device.type, compute, enabled=compute is not None):
+                    loss = loss_of(order[place * config.batch_size:(place + 1) * config.batch_size])
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.detach())
+
+            done = step + 1
+            pause = done == total or done % (config.eval_every * per_epoch) == 0
+            if pause or done % config.log_every == 0:
+                seconds = time.perf_counter() - since
+                record = {"step": done, "epoch": done / per_epoch,
+                          "loss": torch.stack(losses).mean().item(),
+                          "lr": learning_rate(step, total, config),
+                          "images_per_s": round(len(losses) * config.batch_size / seconds, 1)}
+                record |= peak_memory(device)
+                if not math.isfinite(record["loss"]):
+                    say(f"the loss is {record['loss']} at step {done}. The last checkpoint is "
+                        "intact; try a lower --lr, with another --out")
+                    sys.exit(1)
+                if pause:
+                    with memory_errors(config, device):
+                        record |= look()
+                append_json(out / "metrics.jsonl", record)
+                say("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
+                losses, since = [], time.perf_counter()
+                if pause:
+                    keep(done)
+                    draw_curves(out)
+            if (told := watch.told(saved=pause)) and not pause:
+                keep(done)
+            watch.end_if_signalled(told, done, out)
     return total
 
 
@@ -323,23 +339,25 @@ def memory_errors(config, device):
 
 
 def resume(config, model, optimizer, mean, number):
-    """Load the checkpoint of a run that was cut off -> its step, 0 if there is none; make the
-    folder. mean, number: of the images."""
-    out, settings, begin = Path(config.out), dataclasses.asdict(config), 0
+    """Load the checkpoint of a run that was cut off; make the folder -> its step, and of the steps
+    since the last line of its log the losses, and the seconds that they took; 0 [] 0 if there is
+    none. mean, number: of the images."""
+    out, settings, begin, losses, seconds = Path(config.out), dataclasses.asdict(config), 0, [], 0
+    make_folder(out, "--out")
+    lock(out)
     saved = continue_from(out / "checkpoint.pt", settings, FREE, mean, number, "tuned")
     if saved:
-        begin = saved["step"]
+        begin, losses, seconds = saved["step"], saved.get("losses", []), saved.get("seconds", 0)
         try:
             model.load_state_dict(saved["tuned"])
         except RuntimeError as error:
             raise UsageError(f"--out {out}: holds a run on images with other classes; use another "
                              "--out, or delete that folder") from error
         optimizer.load_state_dict(saved["optimizer"])
-    make_folder(out, "--out")
     text = json.dumps(settings, indent=2).encode()
     write_atomically(out / "config.json", lambda file: file.write(text))
     truncate_log(out / "metrics.jsonl", begin or -1)
-    return begin
+    return begin, losses, seconds
 
 
 def draw_curves(out):

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from support import report, settings  # noqa: E402
+from support import checkpoint, settings  # noqa: E402
 from support.checkpoint import load_checkpoint, load_run, save_checkpoint  # noqa: E402
 from support.datasets import held_out, load_images  # noqa: E402
 from support.files import append_json, read_json_lines  # noqa: E402
@@ -41,7 +41,7 @@ TEACHERS = ("labelling_teacher", "reconstruction_teacher")
 
 
 def main():
-    report.save_checkpoint = save_and_keep                 # which saves
+    checkpoint.save_checkpoint = save_and_keep             # which saves
     for name, flags in RUNS.items():                       # a finished run is left as it is
         train.main([*flags, "--data-root", str(ROOT / "data"), "--out", str(folder(name))])
     for name in ("mae", "pl-mae"):
@@ -55,9 +55,9 @@ def folder(name):
     return ROOT / "runs" / f"notebook-{name}"
 
 
-def save_and_keep(path, content):
+def save_and_keep(path, content, keep=None):
     """`save_checkpoint`, and a copy that the next one does not replace."""
-    save_checkpoint(path, content)
+    save_checkpoint(path, content, keep)
     shutil.copy(path, path.with_name(f"checkpoint-{content['step']:05}.pt"))
 
 

@@ -7,6 +7,10 @@ code in it is ever executed. It holds
     labelling_teacher, reconstruction_teacher       weights, as far as the recipe has them
     optimizer, scaler, step        to continue the run; scaler of the gradients, in fp16 alone
     config, mean, std, images      settings; mean and std of the pixels; how many images there were
+    meter                          sums for the next line of the log, where it was saved in between
+
+The one before it is kept as `previous.pt`. Both have checksums: torch.save writes a zip file, which
+has a CRC-32 of each tensor in it.
 
 Random states are not in it because there are none: every random number of a run is a function of
 (seed, step).
@@ -15,6 +19,9 @@ Random states are not in it because there are none: every random number of a run
 import argparse
 import dataclasses
 import json
+import os
+import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,12 +30,27 @@ import torch
 from pseudo_labels import Student
 from support.command_line import UsageError, make_folder
 from support.files import truncate_log, write_atomically
-from support.settings import FREE
+from support.life import lock
+from support.ranks import world_size
+from support.settings import FREE, architecture
 from teachers import make_teachers
 
+NAME, PREVIOUS = "checkpoint.pt", "previous.pt"
 
-def save_checkpoint(path, content):
-    write_atomically(path, lambda file: torch.save(content, file))
+
+def save_checkpoint(path, content, keep=None):
+    write_atomically(path, lambda file: torch.save(content, file), keep)
+
+
+def save(run, step, meter=None):
+    """Write the checkpoint of a run after so many steps, and keep the one before it; by rank 0."""
+    if run.rank == 0:
+        config, parts = run.config, parts_of(run)
+        save_checkpoint(run.out / NAME, dict(
+            {key: part.state_dict() for key, part in parts.items()},
+            arch=architecture(config, run.images.channels), step=step, meter=meter,
+            config=dataclasses.asdict(config), mean=run.mean, std=run.std, images=len(run.images)),
+            keep=run.out / PREVIOUS)
 
 
 def load_checkpoint(path, flag="--checkpoint"):
@@ -37,6 +59,12 @@ def load_checkpoint(path, flag="--checkpoint"):
     if not Path(path).is_file():
         what = "is a folder; name a file in it" if Path(path).is_dir() else "there is no such file"
         raise UsageError(f"{flag} {path}: {what} (checkpoint.pt of a run, encoder.pt of an export)")
+    if is_damaged(path):
+        before = Path(path).with_name(PREVIOUS)
+        other = f"{before}, the one before" if Path(path).name == NAME and before.exists() else (
+            "another file")
+        raise UsageError(f"{flag} {path}: is damaged (its checksums do not fit, or its end is "
+                         f"missing); use {other}")
     try:
         # official MAE training checkpoints carry their argparse.Namespace, which is plain data too
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -44,6 +72,52 @@ def load_checkpoint(path, flag="--checkpoint"):
     except Exception as error:
         raise UsageError(f"{flag} {path}: not a checkpoint that can be read safely "
                          f"({type(error).__name__}); use another file") from error
+
+
+def is_damaged(path):
+    """Whether a bit of a zip file is wrong, or a part of it missing. torch itself does not look at
+    the checksums. Files in torch's older format have none."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(2) != b"PK":
+                return False
+        with zipfile.ZipFile(path) as file:
+            # torch reads nothing, and says nothing, where a flipped bit makes a tensor a folder
+            return file.testzip() is not None or any(
+                each.external_attr & 0x10 for each in file.infolist())
+    except Exception:      # zipfile raises whatever a wrong number leads it to
+        return True
+
+
+def claim(out, rank=0):
+    """Make sure of the folder `out` before a run goes on in it, if it is there: lock it, clear what
+    a kill left half written, and put the checkpoint before the newest in the place of a damaged
+    one. Rank 0 does it, the others wait. Raises UsageError."""
+    out = Path(out)
+    if rank == 0 and out.is_dir():
+        lock(out)
+        for half in out.glob(f".{NAME}.*"):
+            half.unlink()
+        newest, previous = out / NAME, out / PREVIOUS
+        if previous.exists() and not is_whole(newest):
+            if not is_whole(previous):
+                raise UsageError(f"--out {out}: {NAME} and {PREVIOUS} are both damaged; delete "
+                                 "that folder to start anew, or use another --out")
+            what = "is damaged" if newest.exists() else "is missing"
+            step = load_checkpoint(previous)["step"]
+            os.replace(previous, newest)
+            print(f"{newest} {what}: goes on from the one before it, of step {step}",
+                  file=sys.stderr)
+    if world_size() > 1:
+        torch.distributed.barrier()
+
+
+def is_whole(path):
+    """Whether a checkpoint is there and can be loaded."""
+    try:
+        return "step" in load_checkpoint(path)
+    except UsageError:
+        return False
 
 
 def is_of_train(file):
@@ -63,9 +137,9 @@ def parts_of(run):
 
 def precision_before(out):
     """The precision of the run in the folder `out`, None if it holds none."""
-    if not (Path(out) / "checkpoint.pt").exists():
+    if not (Path(out) / NAME).exists():
         return None
-    return load_checkpoint(Path(out) / "checkpoint.pt", "--out").get("config", {}).get("precision")
+    return load_checkpoint(Path(out) / NAME, "--out").get("config", {}).get("precision")
 
 
 def continue_from(path, config, free, mean, images, key="student"):
@@ -113,17 +187,20 @@ def load_run(path):
 
 
 def resume(run):
-    """Load the checkpoint of a run that was cut off, and set `run.start`; make the folder."""
-    path, settings = run.out / "checkpoint.pt", dataclasses.asdict(run.config)
+    """Load the checkpoint of a run that was cut off, and set `run.start` and `run.meter`; make the
+    folder. Raises UsageError."""
+    path, settings = run.out / NAME, dataclasses.asdict(run.config)
+    if run.rank == 0:
+        make_folder(run.out, "--out")
+        lock(run.out)
     saved = continue_from(path, settings, FREE, run.mean, len(run.images))
     if saved:
-        run.start = saved["step"]
+        run.start, run.meter = saved["step"], saved.get("meter")
         for group in saved["optimizer"]["param_groups"]:   # the device may be another one now
             group["fused"] = run.device.type == "cuda"
         for key, part in parts_of(run).items():
             part.load_state_dict(saved[key])
     if run.rank == 0:
-        make_folder(run.out, "--out")
         content = dict(settings, mean=run.mean, std=run.std, channels=run.images.channels)
         write_atomically(run.out / "config.json",
                          lambda file: file.write(json.dumps(content, indent=2).encode()))

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -39,15 +40,19 @@ def fail(message):
 
 def run_main(main):
     """Run a command. A UsageError is one line on stderr and exit code 2. Anything else is a bug,
-    and shows its traceback."""
+    and shows its traceback. SIGTERM is like Ctrl-C."""
+    def terminate(number, frame):
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main()
     except UsageError as error:
         sys.exit(fail(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\ninterrupted; the same command continues a training run from its last checkpoint",
               file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
 
 
 def make_folder(path, flag):

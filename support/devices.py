@@ -11,6 +11,10 @@ from torch import distributed
 from support.command_line import UsageError
 from support.ranks import over_ranks, world_size
 
+LONGEST_WAIT = timedelta(hours=2)          # of ranks for rank 0, which may download or look
+MEETING = timedelta(minutes=5)             # of processes that were started together
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 # --precision: dtype of the weights, and what networks compute in where it is another (autocast).
 PRECISIONS = {
     "fp64": (torch.float64, None),
@@ -26,6 +30,7 @@ def choose_device(name):
     A GPU always gets its number (cuda:0, not cuda), as `torch.cuda.set_device` wants one. Under
     torchrun each process of a machine takes the GPU of its own number, LOCAL_RANK. Call this before
     any tensor is made: the device becomes the current one. Raises UsageError."""
+    check_environment()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else (
             "mps" if torch.backends.mps.is_available() else "cpu")
@@ -62,15 +67,46 @@ def choose_gpu(name, index):
     return device
 
 
+def check_environment():
+    """Raises UsageError for variables of torchrun that do not fit together: leftovers."""
+    there = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+    numbers = {name: there.get(name, "1" if "WORLD" in name else "0") for name in TORCHRUN[:4]}
+    wrong = [name for name, text in numbers.items() if not text.isdecimal()]
+    if wrong:
+        return leftovers(there, f"{wrong[0]} is no number")
+    rank, world, local_rank, local_world = map(int, numbers.values())
+    several = rank or local_rank or world > 1 or local_world > 1
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+               if several and name not in there]
+    if missing:
+        leftovers(there, f"{', '.join(missing)} missing")
+    if rank >= world or "LOCAL_WORLD_SIZE" in there and local_rank >= local_world:
+        leftovers(there, "ranks go from 0 to the number of processes - 1")
+
+
+def leftovers(there, problem, error=None):
+    given = " ".join(f"{name}={value}" for name, value in there.items())
+    raise UsageError(f"{given} in the environment: {problem}; for one process type "
+                     f"`unset {' '.join(there)}`, for several use torchrun") from error
+
+
 def start_processes(device):
-    """Join the other processes of a torchrun, if there are any -> rank, number of processes."""
+    """Join the other processes of a torchrun, if there are any -> rank, number of processes.
+
+    Raises UsageError where they do not come."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and device.type == "mps":
         raise UsageError("--device mps: works in one process only; start train.py without torchrun")
-    if world > 1:                          # the long timeout: rank 0 may download while others wait
+    if world > 1:
         gpu = device if device.type == "cuda" else None
-        distributed.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2),
-                                       device_id=gpu)
+        try:
+            store, *_ = next(distributed.rendezvous("env://", timeout=MEETING))
+        except distributed.DistError as error:
+            there = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+            leftovers(there, f"the {world} processes did not meet ({type(error).__name__})", error)
+        store.set_timeout(LONGEST_WAIT)
+        distributed.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank,
+                                       world_size=world, timeout=LONGEST_WAIT, device_id=gpu)
     return rank, world
 
 

@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 
 
-def write_atomically(path, write):
+def write_atomically(path, write, keep=None):
     """Let `write(file)` fill a temporary file in the same folder, flush it to the disk, then rename
-    it to `path`.
+    it to `path`. keep: the name that the file gets which was there before, if it is to stay.
 
     Whoever opens `path` finds the old content or the new, never half of it, whenever the power
     goes."""
@@ -20,6 +20,8 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.chmod(file.name, 0o644)         # temporary files are private; results need not be
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(file.name, path)
     except BaseException:
         os.unlink(file.name)

@@ -40,6 +40,15 @@ def over_ranks(x, operation="SUM"):
     return x
 
 
+def of_each_rank(x):
+    """x of all ranks, one after the other, the same on each of them: ranks ... No gradient."""
+    if world_size() == 1:
+        return x.detach()[None]
+    every = torch.zeros(world_size(), *x.shape, dtype=x.dtype, device=x.device)
+    every[distributed.get_rank()] = x.detach()
+    return over_ranks(every)
+
+
 def mean_over_ranks(x):
     """The mean of x over ranks. Each has an equal part of the batch, so a mean of means is the
     mean.

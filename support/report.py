@@ -4,7 +4,6 @@ A *record* is a dictionary, one line of metrics.jsonl. `image` and `patch` are t
 image and of the patch pseudo labels; docs/guide.md says what every key means.
 """
 
-import dataclasses
 import math
 import sys
 import time
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from data import generator
-from support.checkpoint import parts_of, save_checkpoint
+from support import checkpoint
 from support.devices import best_precision, peak_memory
 from support.files import append_json, read_json_lines
 from support.health import (
@@ -39,8 +38,8 @@ from support.pictures import (
     to_pictures,
 )
 from support.probes import class_attention, first_components, standardised, subset
-from support.ranks import alone, over_ranks, world_size
-from support.settings import architecture, describe, kept_network, samples_and_clusters
+from support.ranks import alone, of_each_rank, over_ranks, world_size
+from support.settings import describe, kept_network, samples_and_clusters
 from teachers import between_images
 
 # ----------------------------------------------------------------------------------- the log
@@ -77,6 +76,28 @@ class Meter:
                  "data_wait": round(self.waited / seconds, 4),
                  "eta_s": round((run.total - done) * seconds / steps, 1)}
         return found | peak_memory(run.device)
+
+    def state(self):
+        """What a checkpoint between two lines of the log has to keep: sums of each rank."""
+        return {"step": self.step, "seconds": time.perf_counter() - self.since,
+                "waited": self.waited,
+                "sums": {name: of_each_rank(total) for name, total in self.sums.items()},
+                "counts": {name: of_each_rank(total) for name, total in self.counts.items()}}
+
+
+def start_meter(run):
+    """A meter for the first line of the log, part of which may have been summed up before a
+    stop."""
+    meter, kept = Meter(run.start), run.meter
+    if kept is None:
+        return meter
+    meter.step, meter.waited = kept["step"], kept["waited"]
+    meter.since -= kept["seconds"]
+    for sums, before in ((meter.sums, kept["sums"]), (meter.counts, kept["counts"])):
+        for name, each in before.items():                  # ranks ...
+            mine = each[run.rank] if len(each) == world_size() else each.mean(0)
+            sums[name] = mine.to(run.device)               # by other processes: shared out
+    return meter
 
 
 def describe_targets(targets, config):
@@ -188,12 +209,7 @@ def evaluate_and_save(run, step):
         append_json(run.out / "metrics.jsonl",
                     {"step": step, "epoch": step / run.steps_per_epoch} | found)
 
-        # The checkpoint.
-        parts = parts_of(run)
-        save_checkpoint(run.out / "checkpoint.pt", dict(
-            {key: part.state_dict() for key, part in parts.items()},
-            arch=architecture(config, run.images.channels), step=step,
-            config=dataclasses.asdict(config), mean=mean, std=std, images=len(run.images)))
+        checkpoint.save(run, step)
 
         # Pictures: always of the same images, under the same masks.
         curves(read_json_lines(run.out / "metrics.jsonl"), run.out / "curves.png")

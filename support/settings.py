@@ -150,6 +150,9 @@ class Config:
         None, "epochs between k-NN, pictures and checkpoints (default: a tenth of the run)",
         range=COUNT)
     log_every: int = option(50, "steps between lines of the log", range=COUNT)
+    save_minutes: float = option(
+        10.0, "checkpoints also come by the clock, so that a crash costs no more than that; 0: "
+        "only every --eval-every", range=POSITIVE)
     # the machine
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     precision: str = option(
@@ -175,7 +178,8 @@ GROUPS = {"recipe": "what people set first", "views": "the views",
           "device": "the machine"}
 
 # These may change when a run continues.
-FREE = {"data_root", "out", "eval_every", "log_every", "device", "workers", "compile"}
+FREE = {"data_root", "out", "eval_every", "log_every", "save_minutes", "device", "workers",
+        "compile"}
 
 
 def resolve(argv=None):

@@ -128,7 +128,9 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **kwargs: zeros(
             *size, **kwargs) if torch.device(device).type == "mps" and mps else zeros(
             *size, device=device, **kwargs))
-        for name, value in (("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", processes)):
+        for name, value in (("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", processes),
+                            ("RANK", local_rank), ("WORLD_SIZE", processes),
+                            ("MASTER_ADDR", "localhost"), ("MASTER_PORT", 29500)):
             if local_rank is None:
                 monkeypatch.delenv(name, raising=False)
             else:
@@ -200,8 +202,11 @@ def test_the_device_is_chosen_before_processes_meet_and_tensors_are_made(monkeyp
 
 def test_each_process_binds_its_gpu_and_mps_has_one_process(monkeypatch):
     met = []
-    monkeypatch.setattr(torch.distributed, "init_process_group",
-                        lambda backend, timeout, device_id: met.append((backend, device_id)))
+    def meet(backend, device_id, **store):
+        met.append((backend, device_id))
+    monkeypatch.setattr(torch.distributed, "init_process_group", meet)
+    monkeypatch.setattr(torch.distributed, "rendezvous",
+                        lambda *args, **kwargs: iter([(torch.distributed.HashStore(), 3, 4)]))
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert devices.start_processes(torch.device("cuda", 1)) == (3, 4)

@@ -15,7 +15,8 @@ from support import devices, settings
 from support.command_line import UsageError, fail
 from support.files import read_json_lines
 
-WRITTEN = {"config.json", "metrics.jsonl", "checkpoint.pt", "curves.png", "reconstructions.png"}
+WRITTEN = {"config.json", "metrics.jsonl", "checkpoint.pt", "previous.pt", ".lock", "curves.png",
+           "reconstructions.png"}
 
 
 def weights(folder):
