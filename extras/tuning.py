@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 
 from data import epoch_order, generator
 from mae import SIZES, VisionTransformer, pair
-from support.checkpoint import NAME, PREVIOUS, claim, continue_from, save_checkpoint
+from support.checkpoint import NAME, PREVIOUS, claim, continue_from, is_finite, save_checkpoint
 from support.command_line import (
     UsageError,
     check_ranges,
@@ -280,6 +280,8 @@ def tune(config, encoder, model, images, ids, statistics, loss_of, look, device)
 
     def keep(step):
         """Save, with what the next line of the log is computed from."""
+        if not is_finite(model):
+            return
         save_checkpoint(out / NAME, dict(
             tuned=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
             losses=losses, seconds=time.perf_counter() - since,

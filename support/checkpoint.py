@@ -44,13 +44,23 @@ def save_checkpoint(path, content, keep=None):
 
 def save(run, step, meter=None):
     """Write the checkpoint of a run after so many steps, and keep the one before it; by rank 0."""
-    if run.rank == 0:
+    if run.rank == 0 and is_finite(run.student):
         config, parts = run.config, parts_of(run)
         save_checkpoint(run.out / NAME, dict(
             {key: part.state_dict() for key, part in parts.items()},
             arch=architecture(config, run.images.channels), step=step, meter=meter,
             config=dataclasses.asdict(config), mean=run.mean, std=run.std, images=len(run.images)),
             keep=run.out / PREVIOUS)
+
+
+def is_finite(network):
+    """Whether all weights are numbers. Else it is said, and what was saved before is to stay: the
+    next line of the log ends such a run, but the clock may strike before."""
+    finite = all(p.isfinite().all() for p in network.parameters())
+    if not finite:
+        print("not saved: some weights are no numbers; the checkpoint from before stays",
+              file=sys.stderr)
+    return finite
 
 
 def load_checkpoint(path, flag="--checkpoint"):

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -38,7 +39,11 @@ def lock(out):
     out = Path(out).resolve()
     if fcntl is None or out in locked:
         return
-    file = open(out / ".lock", "a+")
+    try:
+        file = open(out / ".lock", "a+")
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be written to ({error.strerror}); use another "
+                         "--out") from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
@@ -47,10 +52,11 @@ def lock(out):
                          "wait until it ends, or use another --out") from error
     except OSError:                                        # file systems that cannot lock
         pass
-    file.truncate(0)
-    file.write(f"process {os.getpid()} of {socket.gethostname()}")
-    file.flush()
     locked[out] = file
+    with suppress(OSError):                                # a full disk; the lock holds without it
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {socket.gethostname()}")
+        file.flush()
 
 
 class Watch:
@@ -67,7 +73,7 @@ class Watch:
     waits for a GPU, and hosts that are a step apart do not wait for one another."""
 
     def __init__(self, minutes, rank=0):
-        self.minutes, self.rank = minutes, rank
+        self.minutes, self.rank, self.process = minutes, rank, os.getpid()
         self.since, self.signal, self.asked = time.monotonic(), 0, None
         self.group = distributed.new_group(
             backend="gloo", timeout=LONGEST_WAIT) if world_size() > 1 else None
@@ -88,7 +94,8 @@ class Watch:
         self.signal = number
         for each in self.handlers:
             signal.signal(each, signal.SIG_DFL)
-        if self.rank == 0:                                 # print is not for handlers of signals
+        if self.rank == 0 and os.getpid() == self.process:             # workers are forked from it
+            # print is not for handlers of signals
             os.write(2, b"\nfinishes the step, then saves and ends; once more ends it at once\n")
 
     def told(self, saved=False):

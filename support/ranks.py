@@ -54,9 +54,13 @@ def mean_over_ranks(x):
     mean.
 
     Where x carries gradient, the gradient of the mean is handed to x undivided:
-    DistributedDataParallel averages gradients over ranks later, and that is the division."""
+    DistributedDataParallel averages gradients over ranks later, and that is the division. Without
+    gradient the mean is the same to the bit on each rank: centres that move by it would otherwise
+    drift apart, and a run that goes on from those of rank 0 would be another one."""
     if world_size() == 1:
         return x
+    if not x.requires_grad:
+        return over_ranks(x) / world_size()
     return x + (over_ranks(x) / world_size() - x.detach())
 
 
