@@ -23,6 +23,7 @@ Letters:  B images, h w rows and columns of patches, H W height and width of an 
 
 import io
 import json
+import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python extras/detect.py`
 
 from extras import tuning
 from support.coco import annotation_files, annotations_file

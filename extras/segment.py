@@ -20,6 +20,7 @@ Letters:  B images, N patches, h w rows and columns of patches, H W height and w
           D width of the encoder, C classes.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import tv_tensors
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python extras/segment.py`
 
 from extras import tuning
 from support.command_line import UsageError, option, run_main

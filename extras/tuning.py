@@ -32,6 +32,7 @@ from support.command_line import (
     given_flags,
     make_folder,
     option,
+    path,
     size,
 )
 from support.datasets import SETS, held_out, load_images, mean_std, spread_out
@@ -51,18 +52,19 @@ class Config:
     """Settings of each task; a task may have others. Each field is a flag."""
     checkpoint: str = option(
         None, "what to start from: a checkpoint.pt of train.py, official MAE weights, timm's, an "
-        "export")
+        "export", path)
     from_scratch: bool = option(
         False, "start from random weights: of the network of --checkpoint, or of --model")
     model: str = option("micro", "size of the network, without --checkpoint", choices=list(SIZES))
     data: str = option(
         None, "data set (default: that of the checkpoint, else shapes)", choices=list(SETS))
     data_root: str = option(
-        None, "folder of the data set (default: that of the checkpoint's run, else data)")
+        None, "folder of the data set (default: that of the checkpoint's run, else data)", path)
     img_size: int = option(
         None, "N or HxW (default: that of the checkpoint); codes of places are interpolated", size)
     patch_size: int = option(None, "N or HxW, without --checkpoint", size)
-    out: str = option(None, "folder of the run (default: runs/TASK-NAME of the checkpoint's run)")
+    out: str = option(
+        None, "folder of the run (default: runs/TASK-NAME of the checkpoint's run)", path)
     epochs: int = option(20, "passes over the training images", range=COUNT)
     batch_size: int = option(64, "images per step (not tuned)", range=COUNT)
     lr: float = option(1e-3, "highest learning rate, of the last layer (not tuned)", range=POSITIVE)

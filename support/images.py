@@ -1,10 +1,11 @@
 """Image files as tensors of one size and number of channels."""
 
+import errno
 import struct
 import warnings
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -17,6 +18,19 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Pillow warns of images over 89 megapixels and refuses twice that (`open_image` says so). Between
 # the two lie cameras of today: nothing to warn of.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+# Pillow knows these by their beginning but does not decode them, or runs another program for it.
+NO_PIXELS = ("MPEG", "EPS")
+
+
+def suffixes():
+    """Of all images that this Pillow can decode, in small letters: {".jpg", ".png", ".gif", ...}"""
+    Image.init()
+    return {suffix for suffix, kind in Image.registered_extensions().items()
+            if kind == "MPO" or kind in Image.OPEN and kind not in NO_PIXELS and not (
+                isinstance(Image.OPEN[kind][0], type)
+                and issubclass(Image.OPEN[kind][0], ImageFile.StubImageFile))}
 
 
 def convert(image, channels, name="image"):
@@ -45,7 +59,11 @@ def open_image(path, channels):
     except Image.DecompressionBombError as error:
         raise UsageError(f"--data-root: {path} has more than {2 * Image.MAX_IMAGE_PIXELS:,} "
                          "pixels; shrink or remove it") from error
-    except (UnidentifiedImageError, OSError) as error:
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:                 # decoders raise many kinds for files that are broken
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise                              # it is not the image that is at fault
         raise UsageError(f"--data-root: {path} cannot be decoded as an image ({error}); "
                          "mend or remove it") from error
 

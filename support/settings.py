@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mae import SIZES, count_visible, pair
 from pseudo_labels import BALANCING
-from support.command_line import UsageError, check_ranges, given_flags, option, size
+from support.command_line import UsageError, check_ranges, given_flags, option, path, size
 from support.datasets import SETS, look
 from support.devices import PRECISIONS
 from teachers import STANDARDISE, half_life
@@ -53,9 +53,10 @@ class Config:
     model: str = option("micro", "size of the encoder and its decoder", choices=list(SIZES))
     data: str = option("shapes", "data set", choices=list(SETS))
     data_root: str = option(
-        "data", "folder of the data set; what can be downloaded is downloaded to it")
+        "data", "folder of the data set; what can be downloaded is downloaded to it", path)
     out: str = option(
-        None, "folder of the run (default: runs/RECIPE-DATA-MODEL; of an imagefolder its name)")
+        None, "folder of the run (default: runs/RECIPE-DATA-MODEL; of an imagefolder its name)",
+        path)
     epochs: int = option(
         20, "passes over the training images; 0 writes the untrained network", range=POSITIVE)
     batch_size: int = option(
@@ -142,7 +143,7 @@ class Config:
     # the run
     init: str = option(
         None, "a file to start from: official MAE weights, timm's, a checkpoint.pt, an export; "
-        "mean and std of the pixels are then those of the file")
+        "mean and std of the pixels are then those of the file", path)
     val_fraction: float = option(
         0.1, "share of the labelled training images kept out of training, for k-NN meanwhile",
         range=(0, 0.9))
