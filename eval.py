@@ -38,7 +38,7 @@ from support.command_line import Parser, UsageError, in_its_words, path, run_mai
 from support.devices import choose_device, memory_errors_in_one_line
 from support.files import append_json, write_atomically
 from support.health import diagnose
-from support.masks import classes_in, masks_of, pixels_of_classes
+from support.masks import check_pairs, classes_in, masks_of, pixels_of_classes
 
 PATCHES = 400_000                          # patches, at most, that `patches` is trained on
 
@@ -199,6 +199,8 @@ def run_patches(evaluated):
     images = {split: evaluated.images(split) for split in splits}
     ids = {split: torch.arange(len(images[split])) for split in splits}
     ids["train"] = probes.subset(ids["train"], max(10, PATCHES // encoder.num_patches))
+    for split in splits:
+        check_pairs(images[split])
     masks = {split: masks_of(images[split], ids[split]) for split in splits}
     datasets.require_images(evaluated.root, len(ids["train"]), "training images")
     C = max(classes_in(each, void) for each in masks.values())

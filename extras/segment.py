@@ -35,7 +35,7 @@ from extras import tuning
 from support.command_line import UsageError, option, run_main
 from support.datasets import read
 from support.devices import choose_device
-from support.masks import classes_in, masks_of, seen_part
+from support.masks import check_pairs, classes_in, masks_of, seen_part
 from support.pictures import draw_rows, plt
 from support.probes import overlaps, subset
 
@@ -166,6 +166,8 @@ def main(argv=None):
         raise UsageError(f"--data {config.data}: has no masks; use shapes, or imagefolder with "
                          "pairs DIR/train/NAME.jpg, DIR/trainannot/NAME.png")
     images, ids, val_ids, test_images = tuning.split_images(config, encoder)
+    for each in (images, test_images):
+        check_pairs(each)
     classes = number_of_classes(images, test_images, config)
     masks = [shrink(target(mask, images.size, config.void), images.size)
              for mask in masks_one_by_one(images)]                     # kept in memory, uint8

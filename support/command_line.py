@@ -45,6 +45,11 @@ def say(text):
         print(text, file=sys.stderr, flush=True)
 
 
+def shortened(names):
+    """The first of some names, as text."""
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+
+
 def run_main(main):
     """Run a command. A UsageError, and whatever runs out, is one line on stderr and exit code 2.
     Anything else is a bug, and shows its traceback."""

@@ -22,8 +22,8 @@ from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
 
 from mae import pair
-from support.coco import read_coco
-from support.command_line import UsageError, make_folder, say
+from support.coco import annotations_file, folder_of, read_coco
+from support.command_line import UsageError, make_folder, say, shortened
 from support.images import decode, fit, open_image, suffixes
 from support.shapes import load_shapes
 
@@ -99,6 +99,11 @@ def load_images(name, root, split, size=None, channels=None, resident_gb=4.0):
         return folder(root, split, size, channels, resident_gb)
     if name == "coco":
         paths, multilabel, classes = read_coco(root, split)
+        images_in = folder_of(annotations_file(root, split))
+        unnamed = sorted({*walk(images_in).paths} - {*paths})
+        if unnamed:
+            say(f"{images_in}: left out are {len(unnamed)} images that the annotations do not name,"
+                f" such as {unnamed[0].relative_to(images_in)}")
         images = Images(torch.full((len(paths),), -1), classes, size, channels, paths=paths,
                         targets={"multilabel": multilabel})
         return resident(images, resident_gb)
@@ -323,10 +328,6 @@ def about_classes(base, walked, names):
     if alone and len(counts) > 1:
         lines.append(f"of one image: {shortened(alone)}")
     return [f"{base}: {'; '.join(lines)}"] if lines else []
-
-
-def shortened(names):
-    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
 
 def look(root, val_fraction):

@@ -3,6 +3,7 @@
 import errno
 import struct
 import warnings
+from contextlib import contextmanager
 
 import torch
 from PIL import Image, ImageFile, ImageOps
@@ -52,10 +53,30 @@ def upright(image):
         return image                                               # they say nothing
 
 
+ORIENTATION = 0x0112               # the number of that entry in EXIF data
+
+
+def upright_size(path):
+    """(W, H) of an image file, turned upright, by its header. Raises UsageError."""
+    with unreadable_in_one_line(path), Image.open(path) as image:
+        try:
+            turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        except (SyntaxError, ValueError, KeyError, struct.error):
+            turned = False                                 # as in `upright`
+        return image.size[::-1] if turned else image.size
+
+
 def open_image(path, channels):
     """An image file of --data-root, converted. Raises UsageError if it cannot be decoded."""
+    with unreadable_in_one_line(path), Image.open(path) as image:
+        return convert(image, channels, f"--data-root: {path}")
+
+
+@contextmanager
+def unreadable_in_one_line(path):
+    """Inside, whatever goes wrong with an image file is a UsageError."""
     try:
-        return convert(Image.open(path), channels, f"--data-root: {path}")
+        yield
     except Image.DecompressionBombError as error:
         raise UsageError(f"--data-root: {path} has more than {2 * Image.MAX_IMAGE_PIXELS:,} "
                          "pixels; shrink or remove it") from error
