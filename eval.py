@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from support import datasets, probes, report, weights
-from support.command_line import Parser, UsageError, in_its_words, path, run_main, size
+from support.command_line import Parser, UsageError, flag, in_its_words, path, run_main, size
 from support.devices import choose_device, memory_errors_in_one_line
 from support.files import append_json, write_atomically
 from support.health import diagnose
@@ -53,7 +53,7 @@ class Evaluated:
     def __init__(self, checkpoint, network, options, device, load):
         self.checkpoint, self.options, self.device, self.load = checkpoint, options, device, load
         self.encoder, self.info = weights.load_network(
-            checkpoint, network, options.num_heads, options.img_size)
+            checkpoint, network, options.img_size, **weights.given(options))
         self.encoder.to(device)
         self.config = self.info.get("config", {})
         self.data, self.root = datasets.choose(options.data, options.data_root, self.config)
@@ -317,7 +317,8 @@ def parse(argv):
     add("--img-size", type=in_its_words(size), metavar="N or HxW", help="another size than the "
         "encoder was trained on: its codes of places are interpolated")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
-    add("--num-heads", type=int, help="for others' weights whose heads are not 64 wide")
+    for name, (kind, text) in weights.ASSUMED.items():
+        add(flag(name), type=in_its_words(kind), metavar="X", help=text)
     return parser.parse_args(argv)
 
 

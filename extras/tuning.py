@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 
 from data import epoch_order, generator
 from mae import SIZES, VisionTransformer, pair
+from support import weights
 from support.checkpoint import continue_from, save_checkpoint
 from support.command_line import (
     UsageError,
@@ -31,6 +32,7 @@ from support.command_line import (
     flag,
     given_flags,
     make_folder,
+    numbers,
     option,
     path,
     size,
@@ -40,7 +42,6 @@ from support.devices import choose_precision, memory_errors_in_one_line, peak_me
 from support.files import append_json, read_json_lines, truncate_log, write_atomically
 from support.pictures import draw_line, plt, save
 from support.settings import COUNT, POSITIVE, describe
-from support.weights import exported, load_encoder, sizes
 from train import learning_rate
 
 # These may change when a run continues.
@@ -53,6 +54,9 @@ class Config:
     checkpoint: str = option(
         None, "what to start from: a checkpoint.pt of train.py, official MAE weights, timm's, an "
         "export", path)
+    num_heads: int = option(None, weights.ASSUMED["num_heads"][1])
+    pixel_mean: list = option(None, weights.ASSUMED["pixel_mean"][1], numbers)
+    pixel_std: list = option(None, weights.ASSUMED["pixel_std"][1], numbers)
     from_scratch: bool = option(
         False, "start from random weights: of the network of --checkpoint, or of --model")
     model: str = option("micro", "size of the network, without --checkpoint", choices=list(SIZES))
@@ -108,9 +112,13 @@ def start(Config, task, description, argv):
     check_ranges(config)
     if config.checkpoint is None and not config.from_scratch:
         raise UsageError("--checkpoint: name a file to start from, or start with --from-scratch")
+    for name, value in weights.given(config).items():
+        if config.checkpoint is None and value is not None:
+            raise UsageError(f"{flag(name)}: is of the weights of --checkpoint; leave it out")
     encoder, info = None, {}
     if config.checkpoint:
-        encoder, _ = load_encoder(config.checkpoint, img_size=config.img_size)
+        encoder, _ = weights.load_encoder(config.checkpoint, img_size=config.img_size,
+                                          **weights.given(config))
         info = encoder.info
         for name in ("patch_size", "model"):
             if name in given:
@@ -145,7 +153,7 @@ def start(Config, task, description, argv):
 def new_encoder(config, like):
     """Random weights: of the geometry of another encoder, or, without one, of --model."""
     if like is not None:
-        _, patch_size, channels, D, depth, heads, hidden = sizes(like).values()
+        _, patch_size, channels, D, depth, heads, hidden = weights.sizes(like).values()
         return VisionTransformer(config.img_size, patch_size, channels, D, depth, heads, hidden / D)
     patch_size = config.patch_size or SETS[config.data].patch
     width, depth, heads = (SIZES[config.model][key] for key in ("embed_dim", "depth", "num_heads"))
@@ -313,7 +321,7 @@ def tune(config, encoder, model, images, ids, statistics, loss_of, look, device)
                 save_checkpoint(out / "checkpoint.pt", dict(
                     tuned=model.state_dict(), optimizer=optimizer.state_dict(), step=done,
                     config=dataclasses.asdict(config), mean=mean, images=len(images),
-                    encoder=exported(encoder, *statistics)))           # for load_encoder
+                    encoder=weights.exported(encoder, *statistics)))           # for load_encoder
                 draw_curves(out)
             losses, since = [], time.perf_counter()
     return total

@@ -143,6 +143,16 @@ def size(text):
     return numbers[0] if len(numbers) == 1 else numbers
 
 
+def numbers(text):
+    """The type of --pixel-mean and --pixel-std: "0.5", or "0.485,0.456,0.406" for red, green, blue.
+    A list."""
+    try:
+        return [float(each) for each in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{text!r} is none: write a number, or one for each channel, as in "
+                         "0.485,0.456,0.406") from None
+
+
 def path(text):
     """The type of a flag that takes a path. `~` is the home folder, which a shell leaves alone
     after `=`; a path as Windows writes it is read too."""
