@@ -61,6 +61,7 @@ def run_main(main):
         line = what_ran_out(error)
         if line is None:
             raise
+        sys.unraisablehook = lambda _: None    # what is only half made complains when it ends
         sys.exit(fail(line))
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues a training run from its last checkpoint",
@@ -86,7 +87,8 @@ WORDS = {"shared memory": SHARED_MEMORY, "</torch_": SHARED_MEMORY, "Bus error":
          "Too many open files": "too many open files; " + REMEDIES[errno.EMFILE],
          "ancdata": "too many open files; " + REMEDIES[errno.EMFILE],
          "is killed by signal: Killed": "the memory of this machine is too small: a worker was "
-         "killed; use fewer --workers, or --workers 0"}
+         "killed; use fewer --workers, or --workers 0",
+         "exited unexpectedly": "a worker that decodes images ended; --workers 0 shows why"}
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
              "Cannot allocate memory")
 

@@ -26,7 +26,7 @@ def write_atomically(path, write):
     except BaseException as error:
         os.unlink(file.name)
         for each in (error, error.__context__):            # torch.save hides it behind its own
-            if isinstance(each, OSError):
+            if isinstance(each, OSError) and each.errno:
                 each.filename = str(path)
         raise
 
