@@ -34,11 +34,11 @@ import numpy as np
 import torch
 
 from support import datasets, probes, report, weights
-from support.command_line import Parser, UsageError, in_its_words, run_main, size
+from support.command_line import Parser, UsageError, flag, in_its_words, path, run_main, size
 from support.devices import choose_device, memory_errors_in_one_line
 from support.files import append_json, write_atomically
 from support.health import diagnose
-from support.masks import classes_in, masks_of, pixels_of_classes
+from support.masks import check_pairs, classes_in, masks_of, pixels_of_classes
 
 PATCHES = 400_000                          # patches, at most, that `patches` is trained on
 
@@ -53,7 +53,7 @@ class Evaluated:
     def __init__(self, checkpoint, network, options, device, load):
         self.checkpoint, self.options, self.device, self.load = checkpoint, options, device, load
         self.encoder, self.info = weights.load_network(
-            checkpoint, network, options.num_heads, options.img_size)
+            checkpoint, network, options.img_size, **weights.given(options))
         self.encoder.to(device)
         self.config = self.info.get("config", {})
         self.data, self.root = datasets.choose(options.data, options.data_root, self.config)
@@ -133,6 +133,7 @@ class Evaluated:
         train = self.images("train")
         y = classes_of(train)[self.ids("train")].to(self.device)
         datasets.require_images(self.root, len(y), what)
+        datasets.require_classes(self.root, train)
         if not self.tested:
             return y, None, train.classes
         test = self.images("test")
@@ -198,6 +199,8 @@ def run_patches(evaluated):
     images = {split: evaluated.images(split) for split in splits}
     ids = {split: torch.arange(len(images[split])) for split in splits}
     ids["train"] = probes.subset(ids["train"], max(10, PATCHES // encoder.num_patches))
+    for split in splits:
+        check_pairs(images[split])
     masks = {split: masks_of(images[split], ids[split]) for split in splits}
     datasets.require_images(evaluated.root, len(ids["train"]), "training images")
     C = max(classes_in(each, void) for each in masks.values())
@@ -289,8 +292,8 @@ def parse(argv):
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("task", nargs="+", choices=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)}")
-    add("--checkpoint", required=True, nargs="+", metavar="FILE", help="of train.py, of the "
-        "official MAE code or timm; several are compared with the first")
+    add("--checkpoint", required=True, nargs="+", type=path, metavar="FILE",
+        help="of train.py, the official MAE code or timm; several are compared with the first")
     add("--network", nargs="+", choices=[*weights.NETWORKS, "untrained", "pixels"],
         help="one or several; untrained: the same encoder with random weights; pixels: no encoder; "
         "both of the first checkpoint alone (default: student; of rc-mae its teacher)")
@@ -299,20 +302,23 @@ def parse(argv):
         "not look at the test split; train: of features alone (default: test)")
     add("--draws", type=int, metavar="N",
         help="of lowshot and multilabel: how often images are drawn (default: 3)")
-    add("--plot", metavar="FILE", help="of lowshot or multilabel: draw scores over amounts")
+    add("--plot", type=path, metavar="FILE",
+        help="of lowshot or multilabel: draw scores over amounts")
     add("--pictures", action="store_true", help="draw nearest neighbours, attention and principal "
         "components beside the checkpoint")
     add("--patches", action="store_true", default=None, help="of features: patch tokens too")
-    add("--out", metavar="PATH", help="of features: the file; of export: the folder (default: "
-        "beside the checkpoint)")
+    add("--out", type=path, metavar="PATH", help="of features: the file; of export: the folder "
+        "(default: beside the checkpoint)")
     add("--void", type=int, metavar="N",
         help="of patches: pixels of a mask with this number have no class (default: 255)")
     add("--data", choices=datasets.SETS, help="default: what the checkpoint was trained on")
-    add("--data-root", metavar="DIR", help="default: that of its run; of another set: data")
+    add("--data-root", type=path, metavar="DIR",
+        help="default: that of its run; of another set: data")
     add("--img-size", type=in_its_words(size), metavar="N or HxW", help="another size than the "
         "encoder was trained on: its codes of places are interpolated")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
-    add("--num-heads", type=int, help="for others' weights whose heads are not 64 wide")
+    for name, (kind, text) in weights.ASSUMED.items():
+        add(flag(name), type=in_its_words(kind), metavar="X", help=text)
     return parser.parse_args(argv)
 
 
@@ -346,10 +352,10 @@ def check(options):
     if options.plot and tasks >= FEW:
         raise UsageError("--plot: draws one of lowshot and multilabel; call them one by one")
     for name in ("out", "plot"):                           # said now, not after the work
-        path = getattr(options, name)
-        if path and (not Path(path).absolute().parent.is_dir()
-                     or Path(path).is_dir() and (name == "plot" or "features" in tasks)):
-            raise UsageError(f"--{name} {path}: cannot be written; name a new one in a folder that "
+        file = getattr(options, name)
+        if file and (not Path(file).absolute().parent.is_dir()
+                     or Path(file).is_dir() and (name == "plot" or "features" in tasks)):
+            raise UsageError(f"--{name} {file}: cannot be written; name a new one in a folder that "
                              "is there")
     if options.plot and not options.plot.endswith(".png"):
         raise UsageError(f"--plot {options.plot}: a PNG file is written; let its name end in .png")

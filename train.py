@@ -186,7 +186,7 @@ def main(argv=None):
         # Student, teachers, optimiser, batches.
         student = build(config, images.channels).to(device, dtype)
         if config.init:
-            mean, std = weights.start_from(student, config.init, config.target)
+            mean, std = weights.start_from(student, config)
         teachers = make_teachers(student, config)
         optimizer = torch.optim.AdamW(parameter_groups(student, config.weight_decay),
                                       betas=(0.9, 0.95), fused=device.type == "cuda")

@@ -20,17 +20,19 @@ How to read the picture. A line is a run. k-NN says which run is better. The los
 labels and tokens come from teachers, which are others in every run.
 """
 
-import json
 import math
+import sys
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
 from matplotlib.lines import Line2D
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python extras/compare.py`
+
 from support import settings
-from support.command_line import Parser, UsageError, make_folder, run_main
-from support.files import read_json_lines
+from support.command_line import Parser, UsageError, make_folder, path, run_main
+from support.files import read_json, read_json_lines
 from support.pictures import plt, save
 from support.settings import kept_network
 
@@ -61,7 +63,7 @@ def read_run(folder):
     folder = Path(folder)
     if not (folder / "config.json").is_file() or not (folder / "metrics.jsonl").is_file():
         raise UsageError(f"{folder}: is no run; name a folder that train.py has written (--out)")
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     log = read_json_lines(folder / "metrics.jsonl")
     tests = [record for record in log if "knn_mean" in record]
     if not tests:
@@ -235,9 +237,9 @@ def picture(settings, path):
 
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs of train.py; the "
-                        "first is of the setting that the others are compared with")
-    parser.add_argument("--out", default="compare.png", metavar="FILE",
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="folders of runs of "
+                        "train.py; the first is of the setting that the others are compared with")
+    parser.add_argument("--out", default="compare.png", type=path, metavar="FILE",
                         help="the picture (default: compare.png)")
     options = parser.parse_args(argv)
     if len(options.runs) < 2:

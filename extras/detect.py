@@ -22,7 +22,9 @@ Letters:  B images, h w rows and columns of patches, H W height and width of an 
 """
 
 import io
-import json
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +43,13 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python extras/detect.py`
+
 from extras import tuning
-from support.coco import annotation_files, annotations_file
+from support.coco import annotation_files, annotations_file, is_whole, read_content
 from support.command_line import UsageError, option, run_main
 from support.devices import choose_device
-from support.images import open_image
+from support.images import open_image, upright_size
 from support.pictures import plt, save
 from support.probes import subset
 
@@ -79,6 +83,8 @@ class Scenes:
         with redirect_stdout(io.StringIO()):               # pycocotools prints
             self.coco.createIndex()
         self.keys = [each["id"] for each in self.coco.dataset["images"]]
+        if images.paths is not None:
+            check_sizes(images.paths, self.coco.dataset["images"])
         # Number 0 is the ground; COCO's own numbers have gaps.
         self.number = {key: 1 + i for i, key in enumerate(sorted(self.coco.cats))}
 
@@ -90,13 +96,7 @@ class Scenes:
         """C H W uint8."""
         if self.images.paths is None:
             return self.images.pixels[index]
-        image = TF.pil_to_tensor(open_image(self.images.paths[index], self.images.channels))
-        wants = self.coco.imgs[self.keys[index]]
-        if image.shape[1:] != (wants["height"], wants["width"]):
-            raise UsageError(f"--data-root: {self.images.paths[index]} has {image.shape[2]} x "
-                             f"{image.shape[1]} pixels, its annotations are of {wants['width']} x "
-                             f"{wants['height']}; make them alike")
-        return image
+        return TF.pil_to_tensor(open_image(self.images.paths[index], self.images.channels))
 
     def objects(self, index):
         """Masks n H W uint8 and classes n of an image; crowds are left out."""
@@ -133,35 +133,84 @@ def encode(mask):
     return run_lengths.encode(np.asfortranarray(mask.astype(np.uint8)))
 
 
+def check_sizes(paths, entries):
+    """Raises UsageError for an image of another size than its annotations are of. Reads headers."""
+    with ThreadPoolExecutor() as threads:
+        for path, each, size in zip(paths, entries, threads.map(upright_size, paths)):
+            if size != (each["width"], each["height"]):
+                raise UsageError(f"--data-root: {path} has {size[0]} x {size[1]} pixels, its "
+                                 f"annotations are of {each['width']} x {each['height']}; make "
+                                 "them alike")
+
+
 def read_objects(path):
     """A file of annotations. Raises UsageError where objects lack what detection needs."""
-    content = json.loads(path.read_text())                 # read_coco has found it in order
+    content = read_content(path)
     images = {each["id"]: each for each in content["images"]}
     for each in images.values():
-        if not {"height", "width"} <= each.keys():
+        if not all(is_whole(each.get(key)) and 0 < each[key] < 2**16 for key in SIZE):
             raise UsageError(f"--data-root: {path} has no height and width of the image "
-                             f"{each['file_name']}; add them")
+                             f"{each['file_name']}; add them, in whole pixels")
     for number, each in enumerate(content["annotations"], 1):
         image = images[each["image_id"]]
-        wrong = what_is_wrong(each, [image["height"], image["width"]])
+        wrong = what_is_wrong(each, [image[key] for key in SIZE])
         if wrong:
             raise UsageError(f"--data-root: {path}, object {number} (of {image['file_name']}): "
                              f"{wrong}; mend or remove it")
     return content
 
 
+SIZE = ("height", "width")
+
+
 def what_is_wrong(annotation, size):
     """A few words, or None. size: [height, width] of the image."""
-    mask = annotation.get("segmentation")
-    if len(annotation.get("bbox", [])) != 4 or not {"area", "iscrowd"} <= annotation.keys():
+    mask, box, area = (annotation.get(key) for key in ("segmentation", "bbox", "area"))
+    if not are_numbers(box) or len(box) != 4 or not {"area", "iscrowd"} <= annotation.keys():
         return "detection needs bbox (four numbers), segmentation, area and iscrowd"
+    if min(box[2:]) < 0:
+        return "width or height of the bbox (left, top, width, height) is negative"
+    if not are_numbers([area]) or area < 0:
+        return f"the area is {area!r}, not a number from 0 on"
+    if annotation["iscrowd"] not in (0, 1):
+        return f"iscrowd is {annotation['iscrowd']!r}, not 0 or 1"
     if isinstance(mask, dict):                             # lengths of runs of equal pixels
         runs = mask.get("counts")
-        if mask.get("size") != size or isinstance(runs, list) and sum(runs) != size[0] * size[1]:
+        runs = decoded(runs) if isinstance(runs, str) else runs
+        if not isinstance(runs, list) or not all(is_whole(n) and n >= 0 for n in runs):
+            return "the counts of the segmentation are no lengths of runs"
+        if mask.get("size") != size or sum(runs) != size[0] * size[1]:
             return f"the mask is not of the {size[1]} x {size[0]} pixels of its image"
-    elif not mask or any(len(corners) < 6 or len(corners) % 2 for corners in mask):
+    elif not isinstance(mask, list) or not mask or any(
+            not are_numbers(corners) or len(corners) < 6 or len(corners) % 2 for corners in mask):
         return "the segmentation is no list of polygons of three corners or more"
+    elif any(not -size[1] <= x <= 2 * size[1] or not -size[0] <= y <= 2 * size[0]
+             for corners in mask for x, y in zip(corners[::2], corners[1::2])):
+        return "a corner of the segmentation lies far outside of the image"
     return None
+
+
+def are_numbers(values):
+    return isinstance(values, list) and all(
+        type(each) in (int, float) and math.isfinite(each) for each in values)
+
+
+def decoded(text):
+    """The lengths of runs that COCO writes as text, None where it is none. A character is a number
+    of 5 bits and a sixth that says whether more follow; from the third run on it is the difference
+    from the one before the last. (pycocotools reads on past the end of a text that was cut off.)"""
+    runs, value, place = [], 0, 0
+    for each in text:
+        bits = ord(each) - 48
+        if not 0 <= bits < 64:
+            return None
+        value |= (bits & 31) << place
+        place += 5
+        if not bits & 32:
+            value -= (bits & 16 > 0) << place              # the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = place = 0
+    return None if place else runs
 
 
 def targets(masks, classes):

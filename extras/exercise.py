@@ -10,10 +10,13 @@ The answer is the function in the project itself.
 
 import ast
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from support.command_line import Parser, UsageError, run_main
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python extras/exercise.py`
+
+from support.command_line import Parser, UsageError, path, run_main
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("support", "extras", "results", "tests")          # beside the files *.py and *.ini
@@ -73,7 +76,7 @@ def write_exercise(name, out):
         each for each in names if each == "__pycache__" or Path(folder) == ROOT
         and each not in COPIED and not each.endswith((".py", ".ini"))])
     file = out / EXERCISES[name].file
-    file.write_text(without_body(file.read_text(), name))
+    file.write_text(without_body(file.read_text("utf-8"), name), "utf-8")
 
 
 def command(name):
@@ -85,7 +88,7 @@ def command(name):
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("name", nargs="?", choices=EXERCISES)
-    parser.add_argument("--out", default="exercise", metavar="DIR",
+    parser.add_argument("--out", default="exercise", type=path, metavar="DIR",
                         help="folder of the copy (default: exercise)")
     options = parser.parse_args(argv)
     if options.name is None:

@@ -13,16 +13,20 @@ either MixUp (Zhang et al. 2018), which blends two images and their classes, or 
 2019), which pastes a part of one into the other.
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python extras/finetune.py`
+
 from extras import tuning
-from support.command_line import UsageError, option, run_main
-from support.datasets import read
+from support.command_line import option, run_main
+from support.datasets import read, require_the_same_classes
 from support.devices import choose_device
 
 
@@ -78,10 +82,7 @@ def main(argv=None):
     device = choose_device(config.device)
     images, ids, val_ids, test_images = tuning.split_images(config, encoder, classified=True)
     classes = len(images.classes)
-    if images.classes != test_images.classes:
-        name = sorted({*images.classes} ^ {*test_images.classes})[0]
-        raise UsageError(f"--data-root {config.data_root}: {name} is a class of one split alone; "
-                         "make train/* and test/* alike")
+    require_the_same_classes(config.data_root, images, test_images)
     mean, std = tuning.pixel_statistics(config, images, info)
     standardise = tuning.standardise(mean, std)
     augment, mix = tuning.augment(config, images.size), mixing(config, classes)

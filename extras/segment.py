@@ -20,6 +20,7 @@ Letters:  B images, N patches, h w rows and columns of patches, H W height and w
           D width of the encoder, C classes.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +29,13 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import tv_tensors
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python extras/segment.py`
+
 from extras import tuning
 from support.command_line import UsageError, option, run_main
 from support.datasets import read
 from support.devices import choose_device
-from support.masks import classes_in, masks_of, seen_part
+from support.masks import check_pairs, classes_in, masks_of, seen_part
 from support.pictures import draw_rows, plt
 from support.probes import overlaps, subset
 
@@ -163,6 +166,8 @@ def main(argv=None):
         raise UsageError(f"--data {config.data}: has no masks; use shapes, or imagefolder with "
                          "pairs DIR/train/NAME.jpg, DIR/trainannot/NAME.png")
     images, ids, val_ids, test_images = tuning.split_images(config, encoder)
+    for each in (images, test_images):
+        check_pairs(each)
     classes = number_of_classes(images, test_images, config)
     masks = [shrink(target(mask, images.size, config.void), images.size)
              for mask in masks_one_by_one(images)]                     # kept in memory, uint8

@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 
 from data import epoch_order, generator
 from mae import SIZES, VisionTransformer, pair
+from support import weights
 from support.checkpoint import NAME, PREVIOUS, claim, continue_from, is_finite, save_checkpoint
 from support.command_line import (
     UsageError,
@@ -31,7 +32,9 @@ from support.command_line import (
     flag,
     given_flags,
     make_folder,
+    numbers,
     option,
+    path,
     size,
 )
 from support.datasets import SETS, held_out, load_images, mean_std, spread_out
@@ -40,7 +43,6 @@ from support.files import append_json, read_json_lines, truncate_log, write_atom
 from support.life import Watch, lock
 from support.pictures import draw_line, plt, save
 from support.settings import COUNT, POSITIVE, describe
-from support.weights import exported, load_encoder, sizes
 from train import learning_rate
 
 # These may change when a run continues.
@@ -52,18 +54,22 @@ class Config:
     """Settings of each task; a task may have others. Each field is a flag."""
     checkpoint: str = option(
         None, "what to start from: a checkpoint.pt of train.py, official MAE weights, timm's, an "
-        "export")
+        "export", path)
+    num_heads: int = option(None, weights.ASSUMED["num_heads"][1])
+    pixel_mean: list = option(None, weights.ASSUMED["pixel_mean"][1], numbers)
+    pixel_std: list = option(None, weights.ASSUMED["pixel_std"][1], numbers)
     from_scratch: bool = option(
         False, "start from random weights: of the network of --checkpoint, or of --model")
     model: str = option("micro", "size of the network, without --checkpoint", choices=list(SIZES))
     data: str = option(
         None, "data set (default: that of the checkpoint, else shapes)", choices=list(SETS))
     data_root: str = option(
-        None, "folder of the data set (default: that of the checkpoint's run, else data)")
+        None, "folder of the data set (default: that of the checkpoint's run, else data)", path)
     img_size: int = option(
         None, "N or HxW (default: that of the checkpoint); codes of places are interpolated", size)
     patch_size: int = option(None, "N or HxW, without --checkpoint", size)
-    out: str = option(None, "folder of the run (default: runs/TASK-NAME of the checkpoint's run)")
+    out: str = option(
+        None, "folder of the run (default: runs/TASK-NAME of the checkpoint's run)", path)
     epochs: int = option(20, "passes over the training images", range=COUNT)
     batch_size: int = option(64, "images per step (not tuned)", range=COUNT)
     lr: float = option(1e-3, "highest learning rate, of the last layer (not tuned)", range=POSITIVE)
@@ -110,9 +116,13 @@ def start(Config, task, description, argv):
     check_ranges(config)
     if config.checkpoint is None and not config.from_scratch:
         raise UsageError("--checkpoint: name a file to start from, or start with --from-scratch")
+    for name, value in weights.given(config).items():
+        if config.checkpoint is None and value is not None:
+            raise UsageError(f"{flag(name)}: is of the weights of --checkpoint; leave it out")
     encoder, info = None, {}
     if config.checkpoint:
-        encoder, _ = load_encoder(config.checkpoint, img_size=config.img_size)
+        encoder, _ = weights.load_encoder(config.checkpoint, img_size=config.img_size,
+                                          **weights.given(config))
         info = encoder.info
         for name in ("patch_size", "model"):
             if name in given:
@@ -148,7 +158,7 @@ def start(Config, task, description, argv):
 def new_encoder(config, like):
     """Random weights: of the geometry of another encoder, or, without one, of --model."""
     if like is not None:
-        _, patch_size, channels, D, depth, heads, hidden = sizes(like).values()
+        _, patch_size, channels, D, depth, heads, hidden = weights.sizes(like).values()
         return VisionTransformer(config.img_size, patch_size, channels, D, depth, heads, hidden / D)
     patch_size = config.patch_size or SETS[config.data].patch
     width, depth, heads = (SIZES[config.model][key] for key in ("embed_dim", "depth", "num_heads"))
@@ -286,7 +296,8 @@ def tune(config, encoder, model, images, ids, statistics, loss_of, look, device)
             tuned=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
             losses=losses, seconds=time.perf_counter() - since,
             config=dataclasses.asdict(config), mean=mean, images=len(images),
-            encoder=exported(encoder, *statistics)), keep=out / PREVIOUS)  # for load_encoder
+            encoder=weights.exported(encoder, *statistics)),                   # for load_encoder
+            keep=out / PREVIOUS)
 
     losses = [each.to(device) for each in losses]
     order, since = None, time.perf_counter() - seconds

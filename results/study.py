@@ -30,7 +30,6 @@ are those of that program.
 """
 
 import fcntl
-import json
 import subprocess
 import sys
 import time
@@ -42,11 +41,13 @@ from typing import NamedTuple
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python results/study.py`
+
 import eval
 import train
 from extras import detect, finetune, segment
-from support.command_line import Parser, UsageError, run_main
-from support.files import append_json, read_json_lines
+from support.command_line import Parser, UsageError, path, run_main
+from support.files import append_json, read_json, read_json_lines
 
 ROOT = Path(__file__).parent.parent
 FOLDER = "--data imagefolder --val-fraction 0.6 "                  # leaves 20,000 of 50,000 images
@@ -73,7 +74,7 @@ class Planned(NamedTuple):
 def read_plan(path):
     """The runs of a plan, in order. Empty lines, and what follows a #, say nothing."""
     runs = []
-    for number, text in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, text in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
         text = text.split("#")[0].strip()
         if text:
             where, _, flags = text.partition(":")
@@ -130,7 +131,7 @@ def train_further(run, data_root, out, more):
         "--checkpoint", str(folder / "checkpoint.pt"), *["--from-scratch"] * scratch,
         "--data-root", folder_of(run, data_root), "--out", str(out), "--seed", str(run.seed),
         *more, *run.flags])
-    found = json.loads((out / "result.json").read_text())
+    found = read_json(out / "result.json")
     del found["start"]
     return {run.stage: found, "minutes": round((time.perf_counter() - start) / 60, 1)}
 
@@ -142,7 +143,7 @@ def describe_log(out):
     looks = [record for record in log if "knn_mean" in record]
     found = {"knn_by_epoch": {round(r["epoch"], 1): (r["knn_class"], r["knn_mean"]) for r in looks}}
     if steps:
-        config = json.loads((out / "config.json").read_text())
+        config = read_json(out / "config.json")
         views = config["views"]
         found["views_per_epoch"] = round(
             config["batch_size"] * views * steps[-1]["step"] / steps[-1]["epoch"])
@@ -181,15 +182,15 @@ def taken(path):
 
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("plan", help="a text file, a run in each line")
-    parser.add_argument("data", help="folder of the data sets")
-    parser.add_argument("runs", help="folder for the runs")
+    parser.add_argument("plan", type=path, help="a text file, a run in each line")
+    parser.add_argument("data", type=path, help="folder of the data sets")
+    parser.add_argument("runs", type=path, help="folder for the runs")
     parser.add_argument("--stage", nargs="+", help="only these (default: all)")
     parser.add_argument("--limit", type=int, default=0, help="stop after so many runs")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16",
                         help="what to compute in (default: bf16)")
     parser.add_argument("--compile", action="store_true", help="train.py's --compile, for GPUs")
-    parser.add_argument("--results", default=ROOT / "results" / "study.jsonl", type=Path)
+    parser.add_argument("--results", default=ROOT / "results" / "study.jsonl", type=path)
     options = parser.parse_args(argv)
     where, runs_done = circumstances(), 0  # now: who knows what the folder holds an hour later
     for run in read_plan(options.plan):

@@ -16,10 +16,13 @@ README has `<!-- summary SET -->`.
 """
 
 import re
+import sys
 from pathlib import Path
 from statistics import mean
 
-from support.command_line import Parser, run_main
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python results/tables.py`
+
+from support.command_line import Parser, path, run_main
 from support.files import read_json_lines, write_atomically
 from support.pictures import plt, save
 
@@ -236,16 +239,18 @@ def fill(page, found):
 
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("results", nargs="?", default=RESULTS, help="a file of results/study.py")
-    parser.add_argument("--pages", nargs="+", default=PAGES, type=Path, metavar="FILE",
+    parser.add_argument("results", nargs="?", default=RESULTS, type=path,
+                        help="a file of results/study.py")
+    parser.add_argument("--pages", nargs="+", default=PAGES, type=path, metavar="FILE",
                         help="where tables go, and beside the first of them pictures (default: "
                         "docs/results.md README.md)")
     options = parser.parse_args(argv)
     rows = read_json_lines(options.results)
-    for path in options.pages:
-        page = fill(path.read_text(), tables(rows)).encode()
-        write_atomically(path, lambda file: file.write(page))
-    folder = options.pages[0].parent
+    pages = list(map(Path, options.pages))
+    for each in pages:
+        page = fill(each.read_text("utf-8"), tables(rows)).encode()
+        write_atomically(each, lambda file: file.write(page))
+    folder = pages[0].parent
     for stage, data in dict.fromkeys((row["stage"], row["data"]) for row in rows):
         shown = [row for row in rows if (row["stage"], row["data"]) == (stage, data)
                  and stage in EVIDENCE and "error" not in row]

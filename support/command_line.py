@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import errno
 import math
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -38,9 +40,20 @@ def fail(message):
     return 2
 
 
+def say(text):
+    """One line on stderr, of several processes by the first alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+def shortened(names):
+    """The first of some names, as text."""
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+
+
 def run_main(main):
-    """Run a command. A UsageError is one line on stderr and exit code 2. Anything else is a bug,
-    and shows its traceback. SIGTERM is like Ctrl-C."""
+    """Run a command. A UsageError, and whatever runs out, is one line on stderr and exit code 2.
+    Anything else is a bug, and shows its traceback. SIGTERM is like Ctrl-C."""
     def terminate(number, frame):
         raise KeyboardInterrupt(number)
 
@@ -49,10 +62,63 @@ def run_main(main):
         main()
     except UsageError as error:
         sys.exit(fail(error))
+    except Exception as error:
+        line = what_ran_out(error)
+        if line is None:
+            raise
+        sys.unraisablehook = lambda _: None    # what is only half made complains when it ends
+        sys.exit(fail(line))
     except KeyboardInterrupt as stop:
         print("\ninterrupted; the same command continues a training run from its last checkpoint",
               file=sys.stderr)
         sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
+
+
+# What the machine lacks: number of an OSError, and the remedy.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REMEDIES = dict.fromkeys(FULL, "make room, or write to another disk (--out); what was there before "
+                         "is whole, and the same command goes on from it")
+REMEDIES |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit (ulimit -n 4096), or use "
+                          "--workers 0")
+REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "see who may read and write it "
+                          "(ls -l), or name another one")
+REMEDIES |= dict.fromkeys((errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR), "name another one")
+REMEDIES[errno.ENOENT] = "name one that is there"
+REMEDIES[errno.EIO] = "the disk or its connection fails; try again, or copy the data elsewhere"
+# The same where torch says it in words of its own, in a RuntimeError, perhaps of a worker.
+SHARED_MEMORY = ("the shared memory that workers hand their images over in is full; raise it "
+                 "(docker run --shm-size 8g), or use --workers 0")
+WORDS = {"shared memory": SHARED_MEMORY, "</torch_": SHARED_MEMORY, "Bus error": SHARED_MEMORY,
+         "Too many open files": "too many open files; " + REMEDIES[errno.EMFILE],
+         "ancdata": "too many open files; " + REMEDIES[errno.EMFILE],
+         "is killed by signal: Killed": "the memory of this machine is too small: a worker was "
+         "killed; use fewer --workers, or --workers 0",
+         "exited unexpectedly": "a worker that decodes images ended; --workers 0 shows why"}
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
+             "Cannot allocate memory")
+
+
+def what_ran_out(error):
+    """One line for an error of a machine that lacks something, None for any other.
+
+    Where a file cannot be written torch says "unexpected pos": the reason is the OSError before."""
+    if isinstance(error, (RuntimeError, OSError)):
+        for words, line in WORDS.items():
+            if words in str(error):
+                return line
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        return ("the memory is too small; use a smaller --batch-size, --img-size or --resident-gb, "
+                "or another --device")
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in REMEDIES:
+            where, reason = error.filename or "a file", error.strerror
+            if error.errno in FULL:
+                folder = Path(where).absolute().parent
+                there = folder if folder.is_dir() else Path.cwd()
+                reason += f" ({shutil.disk_usage(there).free / 1e6:.1f} MB are free)"
+            return f"{where}: {reason}; {REMEDIES[error.errno]}"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def make_folder(path, flag):
@@ -82,6 +148,30 @@ def size(text):
     if len(numbers) > 2 or min(numbers) < 1:
         raise ValueError(f"{text!r} is none: write N or HxW, as in 64 or 48x64")
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def numbers(text):
+    """The type of --pixel-mean and --pixel-std: "0.5", or "0.485,0.456,0.406" for red, green, blue.
+    A list."""
+    try:
+        return [float(each) for each in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{text!r} is none: write a number, or one for each channel, as in "
+                         "0.485,0.456,0.406") from None
+
+
+def path(text):
+    """The type of a flag that takes a path. `~` is the home folder, which a shell leaves alone
+    after `=`; a path as Windows writes it is read too."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; name a file or a folder")
+    found = os.path.expanduser(text)
+    if found.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text!r}: nobody here has this name; write ./{text} for "
+                                         "a file that is called so")
+    if os.sep == "/" and "\\" in found and not os.path.exists(found):
+        found = found.replace("\\", "/")
+    return found
 
 
 def in_its_words(parse):

@@ -7,6 +7,9 @@ Letters:  n images, C channels, H W height and width.
 """
 
 import math
+import os
+import unicodedata
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +19,12 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as TF
 
 from mae import pair
-from support.coco import read_coco
-from support.command_line import UsageError, make_folder
-from support.images import decode, fit, open_image
+from support.coco import annotations_file, folder_of, read_coco
+from support.command_line import UsageError, make_folder, say, shortened
+from support.images import decode, fit, open_image, suffixes
 from support.shapes import load_shapes
 
 
@@ -97,6 +99,11 @@ def load_images(name, root, split, size=None, channels=None, resident_gb=4.0):
         return folder(root, split, size, channels, resident_gb)
     if name == "coco":
         paths, multilabel, classes = read_coco(root, split)
+        images_in = folder_of(annotations_file(root, split))
+        unnamed = sorted({*walk(images_in).paths} - {*paths})
+        if unnamed:
+            say(f"{images_in}: left out are {len(unnamed)} images that the annotations do not name,"
+                f" such as {unnamed[0].relative_to(images_in)}")
         images = Images(torch.full((len(paths),), -1), classes, size, channels, paths=paths,
                         targets={"multilabel": multilabel})
         return resident(images, resident_gb)
@@ -160,13 +167,16 @@ def torchvision_set(make, root, **which):
 
 def folder(root, split, size, channels, resident_gb):
     """ROOT/<split>/<class>/*. To train, also a plain folder of images at any depth, without
-    classes."""
+    classes. What is left out of it, and what classes lack, is said."""
     root = Path(root)
     base = base_folder(root, split)
-    paths = image_files(base)
+    walked = walk(base)
+    paths = walked.paths
+    if text := account(root, base, walked):
+        say(text)
     if not paths:
-        raise UsageError(f"--data-root {root}: no images in {base} ({', '.join(IMG_EXTENSIONS)}); "
-                         "name the folder that holds them")
+        raise UsageError(f"--data-root {root}: no images in {base}; name the folder that holds "
+                         "them")
 
     y, classes = torch.full((len(paths),), -1), []
     if base != root:
@@ -176,25 +186,158 @@ def folder(root, split, size, channels, resident_gb):
                 stray = paths[inside.index(False)]
                 raise UsageError(f"--data-root {root}: {stray} lies beside the class folders; "
                                  "move or remove it")
-            names = [path.relative_to(base).parts[0] for path in paths]
+            names = [class_name(path.relative_to(base).parts[0]) for path in paths]
             classes = sorted(set(names))
             number = {name: i for i, name in enumerate(classes)}
             y = torch.tensor([number[name] for name in names])
+            for text in about_classes(base, walked, names):
+                say(text)
 
     return resident(Images(y, classes, size, channels, paths=paths), resident_gb)
 
 
-def image_files(base):
-    """All images below a folder, sorted by path."""
-    return sorted(path for path in base.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+def class_name(folder):
+    """The name of a class folder. Of two ways to write an umlaut (macOS has another one than Linux
+    and Windows) it is always the composed one; and it is UTF-8 whatever the locale."""
+    return unicodedata.normalize("NFC", os.fsencode(folder).decode("utf-8", "replace"))
+
+
+class Walked(NamedTuple):
+    """What lies below a folder."""
+    paths: list                # of the images, sorted
+    folders: list              # all folders but the first, sorted
+    left_out: dict             # {reason: [paths of entries]}
+
+
+# What systems leave behind. Names that begin with a dot are hidden too.
+HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "$RECYCLE.BIN",
+          "System Volume Information", "lost+found")
+
+
+def hidden(name):
+    return name.startswith(".") or name in HIDDEN
+
+
+def walk(base):
+    """All entries below a folder: images, and what is left out and why.
+
+    Links to files and folders are followed. What can be reached in two ways counts once, where it
+    really lies before where a link leads to it. So links in a circle end. Hidden files and folders
+    are no images and no classes. Raises UsageError for a folder that cannot be read, and for images
+    without content."""
+    base = Path(base)
+    paths, folders, empty, left_out = [], [], [], {}
+    real = os.path.realpath(base)
+    above, visited, linked = {str(each) for each in Path(real).parents}, {real}, set()
+    known, to_do, links = suffixes(), [(base, real)], []
+
+    def leave_out(reason, path):
+        left_out.setdefault(reason, []).append(path)
+
+    def take(path, real, entry):
+        suffix = path.suffix.lower()
+        if entry.is_dir():
+            if real in visited or real in above:
+                return leave_out("links to folders that are read already", path)
+            visited.add(real)
+            folders.append(path)
+            to_do.append((path, real))
+        elif not entry.is_file():
+            leave_out("links that lead nowhere, or no files", path)
+        elif suffix not in known:
+            leave_out(f"files {suffix}" if suffix else "files without a suffix", path)
+        elif real in linked or entry.is_symlink() and os.path.dirname(real) in visited:
+            leave_out("links to files that are read already", path)
+        else:
+            paths.append(path)
+            if entry.is_symlink():
+                linked.add(real)
+            if entry.stat().st_size == 0:
+                empty.append(path)
+
+    while to_do or links:
+        if not to_do:                                      # all that really lies here is known
+            path, entry = links.pop(0)
+            take(path, os.path.realpath(path), entry)
+            continue
+        here, real = to_do.pop()
+        try:
+            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UsageError(f"--data-root: {here} cannot be read ({error.strerror}); see who may "
+                             "(ls -l), or remove it") from error
+        for entry in entries:
+            path = here / entry.name
+            if hidden(entry.name):
+                leave_out("hidden", path)
+            elif entry.is_symlink():
+                links.append((path, entry))
+            else:
+                take(path, os.path.join(real, entry.name), entry)
+    if empty:
+        raise UsageError(f"--data-root: {len(empty)} images are files of 0 bytes, such as "
+                         f"{shortened(sorted(map(str, empty)))}; copy them again, or remove them")
+    return Walked(sorted(paths), sorted(folders), left_out)
+
+
+def account(root, base, walked):
+    """One line of all that is not used, in the folder `base` of a split and beside it. "" if
+    everything is."""
+    parts = [f"{len(paths)} {reason}, such as {min(paths).relative_to(base)}"
+             for reason, paths in sorted(walked.left_out.items())]
+    there = sorted(each.name for each in root.iterdir() if not hidden(each.name))
+    splits = {"train", "test", "val"} - ({"val"} if base.name.lower() == "test" else set())
+    beside = [name for name in there if name != base.name and (
+        name.lower() == base.name.lower() or name.lower().removesuffix("annot") not in splits)]
+    if beside and base != root:
+        parts.append(f"what lies beside it: {shortened(beside)}")
+    text = f"{base}: left out are {'; '.join(parts)}" if parts else ""
+    unnamed = [name for name in there if name.lower() in OTHER_NAMES and (root / name).is_dir()]
+    if unnamed and base == root:
+        text = (text or f"{base}") + (f"; all of it is one set without classes; if "
+                                      f"{shortened(unnamed)} is a part, call it train or test")
+    return text
+
+
+OTHER_NAMES = ("training", "testing", "valid", "validation", "eval", "dev")        # of splits
+
+
+def about_classes(base, walked, names):
+    """Lines of what one should know of the classes of images, whose names are those."""
+    counts = Counter(names)
+    (most, n), few = counts.most_common(1)[0], min(counts.values())
+    empty = [each.name for each in walked.folders
+             if each.parent == base and class_name(each.name) not in counts]
+    alone = sorted(name for name, count in counts.items() if count == 1)
+    deep = [path for path in walked.paths if path.parent.parent != base]
+    same = Counter(name.casefold() for name in counts)
+    alike = sorted(name for name in counts if same[name.casefold()] > 1)
+    lines = []
+    if empty:
+        lines.append(f"{len(empty)} class folders hold no image: {shortened(empty)}")
+    if deep:
+        lines.append(f"{len(deep)} images lie in folders inside a class folder and are of its "
+                     f"class, such as {deep[0].relative_to(base)}")
+    if alike:
+        lines.append(f"classes whose names differ in capital letters alone: {shortened(alike)}")
+    if len(counts) == 1:
+        lines.append(f"there is one class, {most}, so there is nothing to tell apart, and no k-NN")
+    elif n >= 2 * few:
+        lines.append(f"classes have {few} to {n} images; always guessing {most} is right in "
+                     f"{n / len(names):.1%}")
+    if alone and len(counts) > 1:
+        lines.append(f"of one image: {shortened(alone)}")
+    return [f"{base}: {'; '.join(lines)}"] if lines else []
 
 
 def look(root, val_fraction):
     """Of a folder of images: how many there are to train on, and how long their shorter sides are
     (the median of up to 100, of which only the headers are read). 0, 0 if there is none."""
     root = Path(root)
-    base = root / "train" if (root / "train").is_dir() else root
-    paths = image_files(base)
+    if not root.is_dir():
+        return 0, 0
+    base = part_of(root, "train") or root
+    paths = walk(base).paths
     if not paths:
         return 0, 0
     in_classes = base != root and all(path.parent != base for path in paths)
@@ -204,7 +347,7 @@ def look(root, val_fraction):
         try:
             with Image.open(path) as image:
                 sides.append(min(image.size))
-        except OSError:                                    # reading it will say what is wrong
+        except (OSError, Image.DecompressionBombError):    # reading it will say what is wrong
             continue
     return len(paths) - held_out, median(sides) if sides else 0
 
@@ -216,21 +359,26 @@ def resident(images, resident_gb):
     return images
 
 
+def part_of(root, split):
+    """The folder ROOT/<split>, or the one that differs in capital letters alone; None without."""
+    found = [each for each in Path(root).iterdir() if each.name.lower() == split and each.is_dir()]
+    return max(found, key=lambda each: (each.name == split, each.name), default=None)
+
+
 def base_folder(root, split):
     """The folder under root that holds the images of a split."""
     if not root.is_dir():
         raise UsageError(f"--data-root {root}: there is no such folder; "
                          "name the one that holds the images")
-    found = [name for name in ("train", "test", "val") if (root / name).is_dir()]
+    train, test, val = (part_of(root, name) for name in ("train", "test", "val"))
     if split == "train":
-        if "train" in found:
-            return root / "train"
-        if found:
+        if train:
+            return train
+        if test or val:
             raise UsageError(f"--data-root {root}: has images to test on but no folder `train`")
         return root
-    for name in ("test", "val"):
-        if name in found:
-            return root / name
+    if test or val:
+        return test or val
     raise UsageError(f"--data-root {root}: has neither test/<class>/* nor val/<class>/* to "
                      "evaluate on; put some images of each class there")
 
@@ -262,16 +410,24 @@ def require_images(root, n, what):
                          "on")
 
 
-def require_the_same_classes(root, train, test):
-    """Raises UsageError unless both splits have the same classes, and more than one."""
-    if len(train.classes) < 2:
+def require_classes(root, images):
+    """Raises UsageError unless images have several classes."""
+    if len(images.classes) < 2:
         raise UsageError(f"--data-root {root}: has one class, so there is nothing to tell apart; "
                          "add another")
+
+
+def require_the_same_classes(root, train, test):
+    """Raises UsageError unless both splits have the same classes, and more than one."""
+    require_classes(root, train)
     for ours, theirs, lacks in ((train, test, "test"), (test, train, "training")):
         missing = [name for name in ours.classes if name not in theirs.classes]
+        other = [name for name in theirs.classes for each in missing
+                 if name.casefold() == each.casefold()]
         if missing:
+            hint = f" (is it {shortened(other)}? capital letters count)" if other else ""
             raise UsageError(f"--data-root {root}: no {lacks} images of the classes "
-                             f"{', '.join(missing[:5])}; add some, or remove these classes")
+                             f"{shortened(missing)}{hint}; add some, or remove these classes")
     if train.classes != test.classes:
         raise UsageError(f"--data-root {root}: training and test classes are not in the same "
                          "order; sort them alike")
@@ -320,7 +476,19 @@ def read(images, ids):
         return fit(images.pixels[ids], images.size, images.channels)
 
     def decode_one(i):
-        return decode(images.paths[i], images.size, images.channels)
+        try:
+            return decode(images.paths[i], images.size, images.channels)
+        except UsageError as error:                        # of several broken ones all are said
+            return error
 
     with ThreadPoolExecutor() as threads:      # Pillow decodes outside Python's lock
-        return torch.stack(list(threads.map(decode_one, ids)))
+        found = list(threads.map(decode_one, ids))
+    broken = [each for each in found if isinstance(each, UsageError)]
+    if len(broken) > 1:
+        names = [str(images.paths[i]) for i, each in zip(ids, found)
+                 if isinstance(each, UsageError)]
+        raise UsageError(f"{broken[0]}; likewise {len(broken) - 1} others: "
+                         f"{shortened(names[1:])}")
+    if broken:
+        raise broken[0]
+    return torch.stack(found)

@@ -5,13 +5,15 @@ import os
 import tempfile
 from pathlib import Path
 
+from support.command_line import UsageError
+
 
 def write_atomically(path, write, keep=None):
     """Let `write(file)` fill a temporary file in the same folder, flush it to the disk, then rename
     it to `path`. keep: the name that the file gets which was there before, if it is to stay.
 
     Whoever opens `path` finds the old content or the new, never half of it, whenever the power
-    goes."""
+    goes or the disk is full. An OSError names `path`."""
     path = Path(path)
     file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False)
     try:
@@ -23,24 +25,53 @@ def write_atomically(path, write, keep=None):
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(file.name, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(file.name)
+        for each in (error, error.__context__):            # torch.save hides it behind its own
+            if isinstance(each, OSError) and each.errno:
+                each.filename = str(path)
         raise
 
 
 def append_json(path, record):
-    """One JSON object as one line at the end of a file."""
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
+    """One JSON object as one line at the end of a file: all of it, or where the disk is full
+    nothing."""
+    line = (json.dumps(record) + "\n").encode()
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[file.write(line):]
+        except OSError as error:
+            file.truncate(end)
+            error.filename = str(path)
+            raise
 
 
 def read_json_lines(path):
-    """All objects of such a file, [] if there is none.
+    """All objects of such a file, [] if there is none. Raises UsageError for one that is none.
 
     A last line that a power cut cut short has no newline: it is left out."""
     path = Path(path)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def read_json(path):
+    """The object in a file of JSON. Raises UsageError for a file that holds none."""
+    return parse_json(Path(path).read_bytes(), path)
+
+
+def parse_json(content, where):
+    """Bytes -> an object. They are decoded as the standard says, whatever the locale: UTF-8, or
+    UTF-16 or -32, with or without a mark at the beginning."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: is not JSON ({error}); mend it") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{where}: holds no JSON object {{...}}; mend it")
+    return found
 
 
 def truncate_log(path, step):

@@ -56,7 +56,7 @@ def health(counts):
 
 def monitor(encoder, images, train_ids, val_ids, mean, std, device):
     """While training runs, on held-out images: {"knn_class", "knn_mean", "effective_rank_class",
-    "effective_rank_mean"}; {} where no class is known.
+    "effective_rank_mean"}; {} where no class is known; of one class no k-NN.
 
     At most 10,000 images to compare with and 2,000 to test: a curve, quickly. `python eval.py knn`
     uses all."""
@@ -69,8 +69,9 @@ def monitor(encoder, images, train_ids, val_ids, mean, std, device):
     y, test_y = images.y[train_ids], images.y[val_ids]
     found = {}
     for token in x:
-        predictions = knn(x[token], y, test_x[token], len(images.classes))
-        found[f"knn_{token}"] = accuracy(predictions, test_y)
+        if len(images.classes) > 1:
+            predictions = knn(x[token], y, test_x[token], len(images.classes))
+            found[f"knn_{token}"] = accuracy(predictions, test_y)
         found[f"effective_rank_{token}"] = effective_rank(test_x[token])
     return found
 

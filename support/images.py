@@ -1,10 +1,12 @@
 """Image files as tensors of one size and number of channels."""
 
+import errno
 import struct
 import warnings
+from contextlib import contextmanager
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -17,6 +19,19 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Pillow warns of images over 89 megapixels and refuses twice that (`open_image` says so). Between
 # the two lie cameras of today: nothing to warn of.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+# Pillow knows these by their beginning but does not decode them, or runs another program for it.
+NO_PIXELS = ("MPEG", "EPS")
+
+
+def suffixes():
+    """Of all images that this Pillow can decode, in small letters: {".jpg", ".png", ".gif", ...}"""
+    Image.init()
+    return {suffix for suffix, kind in Image.registered_extensions().items()
+            if kind == "MPO" or kind in Image.OPEN and kind not in NO_PIXELS and not (
+                isinstance(Image.OPEN[kind][0], type)
+                and issubclass(Image.OPEN[kind][0], ImageFile.StubImageFile))}
 
 
 def convert(image, channels, name="image"):
@@ -38,14 +53,38 @@ def upright(image):
         return image                                               # they say nothing
 
 
+ORIENTATION = 0x0112               # the number of that entry in EXIF data
+
+
+def upright_size(path):
+    """(W, H) of an image file, turned upright, by its header. Raises UsageError."""
+    with unreadable_in_one_line(path), Image.open(path) as image:
+        try:
+            turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        except (SyntaxError, ValueError, KeyError, struct.error):
+            turned = False                                 # as in `upright`
+        return image.size[::-1] if turned else image.size
+
+
 def open_image(path, channels):
     """An image file of --data-root, converted. Raises UsageError if it cannot be decoded."""
+    with unreadable_in_one_line(path), Image.open(path) as image:
+        return convert(image, channels, f"--data-root: {path}")
+
+
+@contextmanager
+def unreadable_in_one_line(path):
+    """Inside, whatever goes wrong with an image file is a UsageError."""
     try:
-        return convert(Image.open(path), channels, f"--data-root: {path}")
+        yield
     except Image.DecompressionBombError as error:
         raise UsageError(f"--data-root: {path} has more than {2 * Image.MAX_IMAGE_PIXELS:,} "
                          "pixels; shrink or remove it") from error
-    except (UnidentifiedImageError, OSError) as error:
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:                 # decoders raise many kinds for files that are broken
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise                              # it is not the image that is at fault
         raise UsageError(f"--data-root: {path} cannot be decoded as an image ({error}); "
                          "mend or remove it") from error
 

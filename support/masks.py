@@ -5,12 +5,14 @@ Letters:  n images, N patches of an image, H W height and width.
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
-from support.command_line import UsageError
+from support.command_line import UsageError, say, shortened
+from support.images import unreadable_in_one_line, upright_size
 
-ORIENTATION = 0x0112               # the number of that entry in EXIF data
+# Pillow spreads grey levels of 2 and 4 bits over 0..255: what it divides by to get them back.
+SPREAD = {"L;2": 85, "L;4": 17}
 
 
 def seen_part(mask, size):
@@ -50,27 +52,55 @@ def mask_path(path):
     return path.parent.with_name(path.parent.name + "annot") / f"{path.stem}.png"
 
 
+def check_pairs(images):
+    """Raises UsageError where files of images and of masks are not pairs: two images share a mask,
+    or an image has none. A mask without an image is said."""
+    if images.paths is None or "masks" in images.targets:
+        return
+    image_of = {}
+    for path in images.paths:
+        other = image_of.setdefault(mask_path(path), path)
+        if other != path:
+            raise UsageError(f"--data-root: {other} and {path} share the mask {mask_path(path)}; "
+                             "give each image a name and a mask of its own")
+    lacking = [path for file, path in image_of.items() if not file.is_file()]
+    if lacking:
+        raise UsageError(f"--data-root: {lacking[0]} has no mask {mask_path(lacking[0])}; each "
+                         "image needs one, DIR/train/NAME.jpg and DIR/trainannot/NAME.png, "
+                         f"likewise test; {len(lacking)} of {len(images)} have none: "
+                         f"{shortened([each.name for each in lacking])}")
+    for folder in sorted({file.parent for file in image_of}):
+        alone = sorted(each.name for each in folder.iterdir() if each not in image_of
+                       and not each.name.startswith("."))
+        if alone:
+            say(f"{folder}: left out are {len(alone)} that are the mask of no image: "
+                f"{shortened(alone)}")
+
+
 def read_mask(path):
     """The mask of the image at path: H W uint8. Raises UsageError for one that is none."""
     file = mask_path(path)
-    try:
-        mask = Image.open(file)
+    if not file.is_file():
+        raise UsageError(f"--data-root: {path} has no mask {file}; each image needs one, "
+                         "DIR/train/NAME.jpg and DIR/trainannot/NAME.png, likewise test")
+    with unreadable_in_one_line(file), Image.open(file) as mask:
+        raw = mask.tile[0][3] if mask.tile else None
         mask.load()
-    except (UnidentifiedImageError, OSError) as error:
-        raise UsageError(f"--data-root: {path} has no mask {file} ({type(error).__name__}); "
-                         "each image needs one, DIR/train/NAME.jpg and DIR/trainannot/NAME.png, "
-                         "likewise test") from error
-    if mask.mode not in ("L", "P", "1"):
+    if mask.format == "JPEG":
+        raise UsageError(f"--data-root: the mask {file} is a JPEG file, which changes the numbers; "
+                         "write it as PNG")
+    if mask.mode not in ("L", "P", "1") and not mask.mode.startswith("I"):
         raise UsageError(f"--data-root: the mask {file} has pixels of the kind {mask.mode}; write "
                          "the number of the class in one channel of 8 bits")
-    with Image.open(path) as image:
-        size = image.size
-        if image.getexif().get(ORIENTATION, 1) > 4:        # a quarter turn: `decode` turns it back
-            size = size[::-1]
+    size = upright_size(path)              # a quarter turn in EXIF data: `decode` turns it back
     if size != mask.size:
         raise UsageError(f"--data-root: the mask {file} has {mask.size} pixels, its image "
                          f"{size}, upright; make them alike")
-    return torch.from_numpy(np.array(mask, dtype=np.uint8))
+    numbers = np.array(mask).astype(np.int64) // SPREAD.get(raw, 1)
+    if numbers.min() < 0 or numbers.max() > 255:           # of 16 or 32 bits
+        raise UsageError(f"--data-root: the mask {file} has numbers from {numbers.min()} to "
+                         f"{numbers.max()}; number the classes from 0 to 255")
+    return torch.from_numpy(numbers.astype(np.uint8))
 
 
 def masks_of(images, ids):

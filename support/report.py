@@ -37,7 +37,7 @@ from support.pictures import (
     draw_rows,
     to_pictures,
 )
-from support.probes import class_attention, first_components, standardised, subset
+from support.probes import class_attention, first_components, guessing, standardised, subset
 from support.ranks import alone, of_each_rank, over_ranks, world_size
 from support.settings import describe, kept_network, samples_and_clusters
 from teachers import between_images
@@ -231,9 +231,10 @@ def evaluation_lines(found, run):
     """What `evaluate_and_save` found, as lines for the screen."""
     lines = []
     if "knn_class" in found:
-        lines.append(f"k-NN on {min(MONITORED, len(run.val_ids))} held-out images: class token "
+        scored = subset(run.val_ids, MONITORED)
+        lines.append(f"k-NN on {len(scored)} held-out images: class token "
                      f"{found['knn_class']:.1%}, mean token {found['knn_mean']:.1%}; guessing "
-                     f"gives {1 / len(run.images.classes):.1%}")
+                     f"gives {guessing(run.images.y[scored]):.1%}")
     if "image_two_views" in found:
         lines.append(f"two views of an image have one image pseudo label in "
                      f"{found['image_two_views']:.1%}, by chance in "
@@ -259,7 +260,7 @@ def conclude(run):
                 f"{first['knn_class']:.1%} and {last['knn_class']:.1%}, mean token "
                 f"{first['knn_mean']:.1%} and {last['knn_mean']:.1%}")
     root = Path(run.config.data_root)
-    can_test = (run.images.y >= 0).any() and (
+    can_test = (run.images.y >= 0).any() and len(run.images.classes) > 1 and (
         run.config.data != "imagefolder" or (root / "test").is_dir() or (root / "val").is_dir())
     following = f"; next: python eval.py linear --checkpoint {path}" if can_test else ""
     run.say(f"done: {path} and its pictures{following}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mae import SIZES, count_visible, pair
 from pseudo_labels import BALANCING
-from support.command_line import UsageError, check_ranges, given_flags, option, size
+from support.command_line import UsageError, check_ranges, given_flags, numbers, option, path, size
 from support.datasets import SETS, look
 from support.devices import PRECISIONS
 from teachers import STANDARDISE, half_life
@@ -53,9 +53,10 @@ class Config:
     model: str = option("micro", "size of the encoder and its decoder", choices=list(SIZES))
     data: str = option("shapes", "data set", choices=list(SETS))
     data_root: str = option(
-        "data", "folder of the data set; what can be downloaded is downloaded to it")
+        "data", "folder of the data set; what can be downloaded is downloaded to it", path)
     out: str = option(
-        None, "folder of the run (default: runs/RECIPE-DATA-MODEL; of an imagefolder its name)")
+        None, "folder of the run (default: runs/RECIPE-DATA-MODEL; of an imagefolder its name)",
+        path)
     epochs: int = option(
         20, "passes over the training images; 0 writes the untrained network", range=POSITIVE)
     batch_size: int = option(
@@ -142,7 +143,12 @@ class Config:
     # the run
     init: str = option(
         None, "a file to start from: official MAE weights, timm's, a checkpoint.pt, an export; "
-        "mean and std of the pixels are then those of the file")
+        "mean and std of the pixels are then those of the file", path)
+    num_heads: int = option(None, "heads of the encoder (default: those of --model)")
+    pixel_mean: list = option(
+        None, "mean of the pixels that the weights of --init are used to, 0.5 or 0.5,0.5,0.5 "
+        "(default: what the file says, else ImageNet's)", numbers)
+    pixel_std: list = option(None, "their standard deviation, likewise", numbers)
     val_fraction: float = option(
         0.1, "share of the training images of known class kept out, for k-NN meanwhile",
         range=(0, 0.9))
@@ -264,10 +270,16 @@ def check(config):
     if not 0 < config.mask_ratio < 1 or not 0 < count_visible(N, config.mask_ratio) < N:
         raise UsageError(f"--mask-ratio {config.mask_ratio}: choose it between 0 and 1 so that of "
                          f"{N} patches one is visible and one masked")
-    numbers = SETS[config.data].channels * ph * pw         # in a patch
-    if config.target == "pixels" and config.norm_pix_loss and numbers == 1:
+    in_a_patch = SETS[config.data].channels * ph * pw      # numbers
+    if config.target == "pixels" and config.norm_pix_loss and in_a_patch == 1:
         raise UsageError("--patch-size 1: a patch of one number cannot be standardised; use "
                          "--no-norm-pix-loss")
+    D = SIZES[config.model]["embed_dim"]
+    if config.num_heads is not None and (config.num_heads < 1 or D % config.num_heads):
+        raise UsageError(f"--num-heads {config.num_heads}: must divide the width of {D}")
+    if not config.init and (config.pixel_mean or config.pixel_std):
+        raise UsageError("--pixel-mean, --pixel-std: are of the weights of --init; leave them out, "
+                         "and those of the images are taken")
     if config.target == "none" and config.patch_weight:
         raise UsageError("--target none: leaves out the decoder, which predicts the pseudo labels "
                          "of masked patches; use --patch-weight 0 with it")
@@ -313,7 +325,8 @@ def describe(config):
 def architecture(config, channels):
     """The arguments of `Student`: plain numbers, kept in the checkpoint."""
     target_dim = {"pixels": None, "tokens": SIZES[config.model]["embed_dim"], "none": 0}
-    return dict(SIZES[config.model], img_size=config.img_size, patch_size=config.patch_size,
+    heads = {"num_heads": config.num_heads or SIZES[config.model]["num_heads"]}
+    return dict(SIZES[config.model] | heads, img_size=config.img_size, patch_size=config.patch_size,
                 in_chans=channels, mlp_ratio=4.0, norm_pix_loss=config.norm_pix_loss,
                 target_dim=target_dim[config.target],
                 image_clusters=config.image_clusters if config.image_weight else 0,

@@ -16,18 +16,45 @@ import torch.nn.functional as F
 
 from mae import MaskedAutoencoder, VisionTransformer, pair
 from support.checkpoint import is_of_train, load_checkpoint, save_checkpoint
-from support.command_line import UsageError, make_folder
+from support.command_line import UsageError, flag, make_folder, numbers, say
 from support.files import write_atomically
 from support.images import IMAGENET_MEAN, IMAGENET_STD, image_transform
 from support.settings import kept_network
 
+try:
+    from safetensors.torch import load_file, save
+except ImportError:
+    load_file = save = None
+
 NETWORKS = {"student": "student", "labelling-teacher": "labelling_teacher",
             "reconstruction-teacher": "reconstruction_teacher"}        # name: key in the file
+# What others' files do not say, as arguments of `load_encoder` and flags of all that read such
+# files: type of the flag, help.
+ASSUMED = {
+    "num_heads": (int, "heads of others' weights, where they are not 64 wide"),
+    "pixel_mean": (numbers, "mean of the pixels that others' weights are used to, 0.5 or "
+                   "0.5,0.5,0.5 (default: ImageNet's)"),
+    "pixel_std": (numbers, "their standard deviation, likewise"),
+}
 
 
-def load_weights(path, flag="--checkpoint"):
-    """`load_checkpoint`; but of what extras/ trained further, the encoder alone (`exported`)."""
-    file = load_checkpoint(path, flag)
+def given(settings):
+    """What flags say of others' files: {name of ASSUMED: value, None where nothing was said}."""
+    return {name: getattr(settings, name) for name in ASSUMED}
+
+
+def load_weights(path, name="--checkpoint"):
+    """`load_checkpoint`, or a .safetensors; of what extras/ trained further, the encoder alone
+    (`exported`)."""
+    if Path(path).suffix.lower() == ".safetensors" and Path(path).is_file():
+        if load_file is None:
+            raise UsageError(f"{name} {path}: to read it, pip install safetensors")
+        try:
+            return load_file(path)
+        except Exception as error:
+            raise UsageError(f"{name} {path}: no file of safetensors that can be read ({error}); "
+                             "use another one") from error
+    file = load_checkpoint(path, name)
     tuned = isinstance(file, dict) and {"tuned", "encoder"} <= file.keys()
     return file["encoder"] if tuned else file
 
@@ -72,19 +99,22 @@ def fill(module, names, state):
     module.load_state_dict({ours: state[theirs] for theirs, ours in names.items()})
 
 
-def start_from(student, path, target):
+def start_from(student, config):
     """--init: copy the encoder of a file into a new student, and its decoder if it has one that
     predicts the same target -> mean and std of the pixels that these weights are used to.
 
-    path: a checkpoint of train.py (its student), official MAE weights, timm's, or an export. The
-    heads of the pseudo labels stay new. Codes of places are interpolated if images have another
-    size there. Raises UsageError for a file that is none, or of another network."""
+    The file: a checkpoint of train.py (its student), official MAE weights, timm's, or an export;
+    what it does not say the config does. The heads of the pseudo labels stay new. Codes of places
+    are interpolated if images have another size there. Raises UsageError for a file that is none,
+    or of another network."""
+    path, target, assumed = config.init, config.target, given(config)
     file, own = load_weights(path, "--init"), sizes(student.mae.encoder)
     try:
         if is_of_train(file):
+            say_what_is_known(path, assumed)
             encoder, info = encoder_of_run(path, file, "student")
-        else:                              # shapes do not tell how many heads there are
-            encoder, info, _ = encoder_of_others(path, file, own["heads"])
+        else:
+            encoder, info, _ = encoder_of_others(path, file, assumed, own["heads"])
     except UsageError as error:
         raise UsageError(str(error).replace("--checkpoint", "--init")) from error
     if encoder.patch_size == student.mae.encoder.patch_size:
@@ -107,8 +137,9 @@ def start_from(student, path, target):
         names = {official_name(f"decoder.{name}"): name
                  for name in student.mae.decoder.state_dict()}
         try:
-            fill(student.mae.decoder, names,
-                 {name: value for name, value in state.items() if name in names})
+            state = {name: value for name, value in state.items() if name in names}
+            check_numbers(path, state)
+            fill(student.mae.decoder, names, state)
             taken += " and decoder"
         except UsageError as error:
             print(f"--init {path}: its decoder does not fit, {error}", file=sys.stderr)
@@ -156,7 +187,8 @@ def export(encoder, info, folder):
 
     encoder.pt       weights in the names of timm (and of the official MAE code), and mean, std and
                      number of heads; also for --checkpoint and --init
-    config.json, pytorch_model.bin         a ViTModel of Hugging Face
+    config.json, preprocessor_config.json, model.safetensors (where that package is installed, else
+                     pytorch_model.bin)     a ViTModel of Hugging Face, and how it wants images
     load.py          the lines"""
     folder = Path(folder)
     make_folder(folder, "--out")
@@ -164,14 +196,23 @@ def export(encoder, info, folder):
     encoder = encoder.cpu()
     state = encoder.state_dict()
     save_checkpoint(folder / "encoder.pt", exported(encoder, info["mean"], info["std"]))
-    save_checkpoint(folder / "pytorch_model.bin", to_hugging_face(state))
+    named = {name: value.contiguous() for name, value in to_hugging_face(state).items()}
+    old, new = folder / "pytorch_model.bin", folder / "model.safetensors"
+    if save is None:
+        old, new = new, old
+        save_checkpoint(new, named)
+    else:
+        write_atomically(new, lambda file: file.write(save(named, {"format": "pt"})))
+    old.unlink(missing_ok=True)                            # of an export before: one of both counts
     size, patch = H if H == W else [H, W], ph if ph == pw else [ph, pw]
     config = {"architectures": ["ViTModel"], "model_type": "vit", "image_size": size,
               "patch_size": patch, "num_channels": channels, "hidden_size": D,
               "num_hidden_layers": depth, "num_attention_heads": heads, "intermediate_size": hidden,
               "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True}
-    text = json.dumps(config, indent=2) + "\n"
-    write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
+    for name, content in (("config.json", config),
+                          ("preprocessor_config.json", preprocessor(H, W, channels, info))):
+        text = json.dumps(content, indent=2) + "\n"
+        write_atomically(folder / name, lambda file: file.write(text.encode()))
     lines = [
         "import torch",
         f"mean, std = {info['mean']}, {info['std']}",
@@ -182,35 +223,52 @@ def export(encoder, info, folder):
         f'model = timm.models.VisionTransformer(img_size={(H, W)}, patch_size={(ph, pw)}, '
         f"in_chans={channels}, embed_dim={D}, depth={depth}, num_heads={heads}, "
         f"mlp_ratio={hidden / D:g}, num_classes=0).eval()",
-        f'model.load_state_dict(torch.load("{folder}/encoder.pt")["model"])',
+        f"model.load_state_dict(torch.load({str(folder / 'encoder.pt')!r})['model'])",
         "tokens = model.forward_features(images)  # the class token first",
         "# Hugging Face",
-        "from transformers import ViTModel",
-        f'model = ViTModel.from_pretrained("{folder}", add_pooling_layer=False).eval()',
+        "from transformers import AutoImageProcessor, AutoModel",
+        f"prepare = AutoImageProcessor.from_pretrained({str(folder)!r})  # of pictures of Pillow",
+        f"model = AutoModel.from_pretrained({str(folder)!r}, add_pooling_layer=False).eval()",
         "tokens = model(images).last_hidden_state  # the class token first"]
     text = "\n".join(lines) + "\n"
     write_atomically(folder / "load.py", lambda file: file.write(text.encode()))
     return lines
 
 
+def preprocessor(H, W, channels, info):
+    """How Hugging Face prepares images: as `image_transform`, the centre of the shape H W. Where
+    that is not square it has no such way: the whole image is stretched to it."""
+    square = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": H},
+              "do_center_crop": True, "crop_size": {"height": H, "width": W}}
+    other = {"image_processor_type": "ViTImageProcessor", "size": {"height": H, "width": W}}
+    return (square if H == W else other) | {
+        "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": info["mean"], "image_std": info["std"],
+        "do_convert_rgb": channels == 3}
+
+
 # ------------------------------------------------------------------------ an encoder out of a file
 
-def load_encoder(path, num_heads=None, network=None, img_size=None):
+def load_encoder(path, num_heads=None, network=None, img_size=None, pixel_mean=None,
+                 pixel_std=None):
     """A checkpoint of train.py or extras/, or a file of official MAE or timm weights -> encoder,
     transform.
 
     encoder: a VisionTransformer in eval mode (B C H W -> B 1+N D). Its `info` has `mean` and `std`
-    of training (ImageNet's for others' files), and of a file of ours its `arch`, `config`, `step`.
-    transform: PIL image -> its input, C H W. num_heads: for others' files whose heads are not 64
-    wide: their shapes do not tell. network: one of NETWORKS; None: what the recipe is judged by,
-    the student or RC-MAE's teacher. img_size: another size than it was trained on."""
+    of training, and of a file of ours its `arch`, `config`, `step`. transform: PIL image -> its
+    input, C H W. num_heads, pixel_mean, pixel_std (a list of one number or of one for each channel,
+    in units of 0..1): what others' files do not say; None: what is usual, and that is printed.
+    network: one of NETWORKS; None: what the recipe is judged by, the student or RC-MAE's teacher.
+    img_size: another size than it was trained on."""
+    assumed = dict(zip(ASSUMED, (num_heads, pixel_mean, pixel_std)))
     file = load_weights(path)
     if is_of_train(file):
+        say_what_is_known(path, assumed)
         encoder, info = encoder_of_run(path, file, network)
     else:
         if network not in (None, "student"):
             raise UsageError(f"--network {network}: checkpoint {path} has no teachers")
-        encoder, info, left_out = encoder_of_others(path, file, num_heads)
+        encoder, info, left_out = encoder_of_others(path, file, assumed)
         if left_out:
             print(f"not of the encoder, left out: {', '.join(left_out)}", file=sys.stderr)
     encoder.info = info
@@ -220,11 +278,11 @@ def load_encoder(path, num_heads=None, network=None, img_size=None):
     return encoder.eval().requires_grad_(False), transform
 
 
-def load_network(path, network=None, num_heads=None, img_size=None):
+def load_network(path, network=None, img_size=None, **assumed):
     """One of eval.py's --network in a file -> its encoder, and what the file says of it.
 
-    network: one of NETWORKS, "untrained", "pixels"; None as in `load_encoder`."""
-    encoder, _ = load_encoder(path, num_heads, network if network in NETWORKS else None)
+    network: one of NETWORKS, "untrained", "pixels"; None, and the others, as in `load_encoder`."""
+    encoder, _ = load_encoder(path, network=network if network in NETWORKS else None, **assumed)
     if encoder.in_chans not in (1, 3):
         raise UsageError(f"--checkpoint {path}: takes {encoder.in_chans} channels; data sets here "
                          "have 1 or 3")
@@ -271,9 +329,10 @@ def encoder_of_run(path, file, network):
                          f"{', '.join(there) or 'no network of this train.py'}")
     encoder = MaskedAutoencoder(**mae_arguments(file["arch"])).encoder
     prefix = "mae.encoder." if network == "student" else "encoder."
-    encoder.load_state_dict({name.removeprefix(prefix): value
-                             for name, value in file[NETWORKS[network]].items()
-                             if name.startswith(prefix)})
+    state = {name.removeprefix(prefix): value for name, value in file[NETWORKS[network]].items()
+             if name.startswith(prefix)}
+    check_numbers(path, state)
+    encoder.load_state_dict(state)
     info = {key: file[key] for key in ("arch", "config", "step", "mean", "std")}
     return encoder, dict(info, network=network)
 
@@ -297,32 +356,84 @@ def weights_of(file):
     return state
 
 
-def encoder_of_others(path, file, num_heads):
-    """Encoder, mean and std of the pixels, names of what is not of the encoder."""
-    state = weights_of(file)
+def say_what_is_known(path, assumed):
+    """Of a file that says by itself what others' do not: that flags say nothing more."""
+    flags = [flag(name) for name, value in assumed.items() if value is not None]
+    if flags:
+        say(f"{path} says by itself how it was trained; {', '.join(flags)} say nothing more of it")
+
+
+def check_numbers(path, state):
+    """Raises UsageError for what cannot be weights: no tensors, whole numbers, NaN."""
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.is_meta or value.layout != torch.strided:
+            wrong = "is no plain tensor"
+        elif not value.is_floating_point():
+            wrong = f"holds {str(value.dtype).removeprefix('torch.')}, not fractions"
+        elif not value.float().isfinite().all():
+            wrong = "holds numbers that are not finite"
+        else:
+            continue
+        raise UsageError(f"--checkpoint {path}: {name} {wrong}; use weights in fp32, fp16 or bf16")
+
+
+def encoder_of_others(path, file, assumed, heads=None):
+    """Encoder, mean and std of the pixels, names of what is not of the encoder.
+
+    assumed: {name of ASSUMED: value}, None for what is usual; that is printed. heads: what is usual
+    here, if that is known."""
+    state = {str(name): value for name, value in weights_of(file).items()}
     lacking = {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} - state.keys()
     if lacking:
         raise UsageError(f"--checkpoint {path}: holds no vision transformer in the names of timm "
                          f"or MAE (no {', '.join(sorted(lacking))})")
-    exported = EXPORTED <= file.keys()
-    if exported:
-        num_heads = file["num_heads"]
-    arguments = geometry(state, num_heads)
-    if exported:                                           # images need not be square
-        arguments["img_size"] = tuple(file["img_size"])
-    encoder = VisionTransformer(**arguments)
     skipped = [name for name in state if name.startswith(NOT_OF_THE_ENCODER)]
+    weights = {name: value for name, value in state.items() if name not in skipped}
+    check_numbers(path, weights)
+    says_itself = EXPORTED <= file.keys()
+    if says_itself:
+        say_what_is_known(path, assumed)
+        assumed = {"num_heads": file["num_heads"], "pixel_mean": file["mean"],
+                   "pixel_std": file["std"]}
     try:
-        fill(encoder, {name: name for name in encoder.state_dict()},
-             {name: value for name, value in state.items() if name not in skipped})
+        if assumed["num_heads"] is not None:
+            heads = assumed["num_heads"]
+        arguments = geometry(weights, heads)
+        if says_itself:                                    # images need not be square
+            arguments["img_size"] = tuple(file["img_size"])
+        mean, std = pixel_statistics(assumed, arguments["in_chans"])
+        encoder = VisionTransformer(**arguments)
+    except UsageError as error:
+        raise UsageError(f"{error} (--checkpoint {path})") from error
+    try:
+        fill(encoder, {name: name for name in encoder.state_dict()}, weights)
     except UsageError as error:
         raise UsageError(f"--checkpoint {path}: {error}. Only plain ViTs fit: one class token, no "
                          "LayerScale, no norm before the blocks, the norm after them") from error
-    three = encoder.in_chans == 3
-    known = file if exported else {
-        "mean": list(IMAGENET_MEAN) if three else [0.5] * encoder.in_chans,
-        "std": list(IMAGENET_STD) if three else [0.5] * encoder.in_chans}
-    return encoder, {"mean": known["mean"], "std": known["std"], "network": "student"}, skipped
+    usual = {"num_heads": f"{arguments['num_heads']} heads", "pixel_mean": f"pixels of mean {mean}",
+             "pixel_std": f"std {std} of the pixels"}
+    parts = [f"{text} ({flag(name)})" for name, text in usual.items()
+             if assumed[name] is None]
+    if parts:
+        H, W = arguments["img_size"]
+        say(f"{path} does not say how it was trained; taken as {', '.join(parts)}, square images "
+            f"({H} x {W})")
+    return encoder, {"mean": mean, "std": std, "network": "student"}, skipped
+
+
+def pixel_statistics(assumed, channels):
+    """Mean and std of each channel: those given, or ImageNet's, or, of other than three channels,
+    0.5. Raises UsageError for numbers that cannot be."""
+    usual = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels,) * 2
+    found = []
+    for name, low, values in zip(("pixel_mean", "pixel_std"), (0, 1e-3), usual):
+        these = list(values if assumed[name] is None else assumed[name])
+        these = these * channels if len(these) == 1 else these
+        if len(these) != channels or not all(low <= value <= 1 for value in these):
+            raise UsageError(f"{flag(name)} {','.join(map(str, these))}: give one number from "
+                             f"{low} to 1, or {channels}, one for each channel")
+        found.append(these)
+    return found
 
 
 def geometry(state, num_heads=None):
@@ -330,15 +441,16 @@ def geometry(state, num_heads=None):
 
     The number of heads leaves no trace in the shapes: it is D / 64 in all standard ViTs but huge
     (1280 wide, 16 heads)."""
+    if state["patch_embed.proj.weight"].ndim != 4 or state["pos_embed"].ndim != 3:
+        raise UsageError("weights of another geometry: patch_embed.proj.weight and pos_embed have "
+                         "other numbers of axes than in a vision transformer; use another file")
     D, C, *patch = state["patch_embed.proj.weight"].shape
     if num_heads is None:
         num_heads = 16 if D == 1280 else max(1, D // 64)
-        print(f"the file does not say how many heads there are: taken as {num_heads}",
-              file=sys.stderr)
     if num_heads < 1 or D % num_heads:
         raise UsageError(f"--num-heads {num_heads}: must divide the width of {D}")
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    block_numbers = [int(name.split(".")[1]) for name in state if name.startswith("blocks.")]
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     return {"img_size": (side * patch[0], side * patch[1]), "patch_size": tuple(patch),
-            "in_chans": C, "embed_dim": D, "depth": 1 + max(block_numbers), "num_heads": num_heads,
+            "in_chans": C, "embed_dim": D, "depth": depth, "num_heads": num_heads,
             "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / D}

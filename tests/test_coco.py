@@ -1,12 +1,15 @@
 """Sets in the format of COCO."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import TOY_SIZE, record_of
+from conftest import ROOT, TOY_SIZE, record_of
 from PIL import Image
 
 import train
@@ -106,3 +109,79 @@ def test_broken_sets_are_refused(coco, tmp_path):
     (coco / "annotations" / "instances_train2017.json").write_text('{"images": []}')
     with pytest.raises(UsageError, match="is not in the format of COCO"):
         read_coco(coco, "train")
+
+
+def first(kind, **values):
+    """A change of a file of annotations: other values in the first image, category or object."""
+    return lambda content: content[kind][0].update(values)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda content: content.pop("categories"), "no list of categories"),
+    (lambda content: content.update(annotations={}), "no list of annotations"),
+    (lambda content: content["images"].append(None), "image 41 is no {...}"),
+    (first("images", id="1000"), "id of image 1 is '1000', not a whole"),
+    (first("images", id=True), "id of image 1 is True, not a whole"),
+    (lambda content: content["images"][0].pop("file_name"), "file_name of image 1 is None"),
+    (first("images", file_name="1.png"), "2 images have one file_name"),
+    (first("images", id=999), "2 images have one id, 999"),
+    (first("categories", name=7), "name of category 1 is 7, not a name"),
+    (first("categories", id=3), "2 categories have one id, 3"),
+    (first("annotations", image_id=None), "image_id of object 1 is None"),
+    (first("annotations", image_id=5), "is of image 5, which is not lis"),
+    (first("annotations", category_id=8), "of category 8, which is not"),
+    (first("annotations", category_id=3.5), "is 3.5, not a whole number"),
+])
+def test_each_field_has_a_type(coco, change, says):
+    path = coco / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError) as error:
+        read_coco(coco, "train")
+    assert says in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", '{"images": ' + "[" * 100_000, "\xff\xfe"])
+def test_what_is_no_json_is_one_line(coco, text):
+    path = coco / "annotations" / "instances_train2017.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UsageError, match="--data-root: .*instances_train2017.json: ") as error:
+        read_coco(coco, "train")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_is_decoded_whatever_the_locale(coco, encoding):
+    """Names of classes and of files; under a locale that knows 7 bits."""
+    for split in ("train", "val"):
+        path = coco / "annotations" / f"instances_{split}2017.json"
+        content = json.loads(path.read_text())
+        content["categories"][0]["name"] = "Fußgänger"
+        (coco / f"{split}2017" / "0.png").rename(coco / f"{split}2017" / "Straße.png")
+        content["images"][0]["file_name"] = "Straße.png"
+        path.write_text(json.dumps(content, ensure_ascii=False), encoding)
+    program = ("import sys; from support.coco import read_coco; paths, _, names = read_coco("
+               "sys.argv[1], 'train'); print(ascii(names), len(paths), paths[0].is_file())")
+    found = subprocess.run([sys.executable, "-c", program, str(coco)], cwd=ROOT, text=True,
+                           capture_output=True, env={**os.environ, "PYTHONUTF8": "0",
+                                                     "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"})
+    assert found.stdout == "['blue', 'Fu\\xdfg\\xe4nger', 'none'] 40 True\n", found.stderr
+
+
+def test_names_that_occur_twice_and_folders_as_windows_writes_them(coco):
+    path = coco / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    content["categories"][0]["name"] = "blue"
+    (coco / "train2017" / "deep").mkdir()
+    (coco / "train2017" / "0.png").rename(coco / "train2017" / "deep" / "0.png")
+    content["images"][0]["file_name"] = "deep\\0.png"
+    path.write_text(json.dumps(content))
+    paths, _, names = read_coco(coco, "train")
+    assert names == ["blue (3)", "blue (7)", "none"] and paths[0].parent.name == "deep"
+
+
+def test_images_that_annotations_do_not_name_are_said(coco, capsys):
+    shutil.copy(coco / "train2017" / "0.png", coco / "train2017" / "more.png")
+    assert len(load_images("coco", coco, "train", 8)) == 40
+    assert "1 images that the annotations do not name, such as more.png" in capsys.readouterr().err

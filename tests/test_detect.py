@@ -1,6 +1,7 @@
 """extras/detect.py: objects, boxes, scores, and the command."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -334,17 +335,45 @@ def test_one_file_of_annotations(checkpoint, bricks, tmp_path, capsys):
     assert (found["split"], found["images"], found["test_images"]) == ("validation", 9, 3)
 
 
+def first(kind, **values):
+    """A change of a file of annotations: other values in the first image, category or object."""
+    return lambda content: content[kind][0].update(values)
+
+
+def second_mask(**values):
+    return lambda content: content["annotations"][1]["segmentation"].update(values)
+
+
 @pytest.mark.parametrize("change, says", [
     (lambda content: content["annotations"][0].pop("segmentation"), "object 1 (of 0.png): the seg"),
-    (lambda content: content["annotations"][0].update(segmentation=[]), "no list of polygons"),
-    (lambda content: content["annotations"][0].update(segmentation=[[1, 1, 2, 2]]), "no list of"),
-    (lambda content: content["annotations"][0].update(bbox=[1, 1, 2]), "needs bbox (four numbers)"),
-    (lambda content: content["annotations"][1]["segmentation"].update(size=[3, 4]), "36 x 24"),
+    (first("annotations", segmentation=[]), "no list of polygons"),
+    (first("annotations", segmentation=[[1, 1, 2, 2]]), "no list of"),
+    (first("annotations", bbox=[1, 1, 2]), "needs bbox (four numbers)"),
+    (second_mask(size=[3, 4]), "36 x 24"),
     (lambda content: content["annotations"][1]["segmentation"]["counts"].pop(), "36 x 24 pixels"),
     (lambda content: content["images"][0].pop("height"), "no height and width of the image 0.png"),
-    (lambda content: content["images"][1].update(id=100), "two images have one id"),
+    (lambda content: content["images"][1].update(id=100), "2 images have one id, 100"),
     (lambda content: content["images"][1].update(height=25), "36 x 24 pixels, its annotations"),
-    (lambda content: content["annotations"][0].update(category_id=9), "KeyError: 9")])
+    (first("annotations", category_id=9), "object 1 is of category 9,"),
+    # each field has a type and a range
+    (first("annotations", segmentation=[1, 1, 9, 1, 9, 9]), "no list of"),
+    (first("annotations", segmentation=[[1, 1, 9, 1, 9]]), "no list of"),
+    (first("annotations", segmentation=[[1, 1, 9, 1, 9, None]]), "no li"),
+    (first("annotations", segmentation=[[1, 1, 9, 1, 9, "9"]]), "no lis"),
+    (first("annotations", segmentation=[[1, 1, 9, 1, 9, 1e9]]), "far out"),
+    (first("annotations", segmentation=None), "no list of polygons"),
+    (first("annotations", segmentation=[[1, 1, 9, 1, 9, math.nan]]), "no list of polygons"),
+    (second_mask(counts=[-1, 865]), "no lengths"),
+    (second_mask(counts="ab~"), "no lengths"),
+    (second_mask(counts="11o"), "no lengths"),
+    (second_mask(counts="11"), "not of the 36"),
+    (first("annotations", bbox=[1, 1, 2, -3]), "is negative"),
+    (first("annotations", bbox=[1, 1, 2, "3"]), "(four numbers)"),
+    (first("annotations", bbox=None), "needs bbox (four numbers)"),
+    (first("annotations", area="12"), "the area is '12'"),
+    (first("annotations", iscrowd=2), "iscrowd is 2"),
+    (first("images", height="24"), "in whole pixels"),
+    (first("images", height=-24), "in whole pixels")])
 def test_bad_annotations_are_one_line(checkpoint, bricks, tmp_path, change, says):
     shutil.copytree(bricks, tmp_path / "bad")
     for path in tmp_path.glob("bad/annotations/*"):
@@ -354,6 +383,15 @@ def test_bad_annotations_are_one_line(checkpoint, bricks, tmp_path, change, says
     with pytest.raises(UsageError) as error:
         detect.main(flags(checkpoint, tmp_path / "run", "--data-root", str(tmp_path / "bad")))
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_runs_written_as_text_are_decoded():
+    for _ in range(20):
+        mask = torch.rand(9, 300) < 0.3
+        text = detect.encode(mask.numpy())["counts"].decode()
+        runs = detect.decoded(text)
+        colours = torch.arange(len(runs)) % 2
+        assert torch.equal(colours.repeat_interleave(torch.tensor(runs)).bool(), mask.T.flatten())
 
 
 @pytest.mark.parametrize("given, says", [

@@ -416,7 +416,8 @@ def test_bad_flags(untrained, tmp_path, refused):
     assert "an image has one class here" in refused("multilabel", *knn[1:], "--device", "cpu")
     student, _, _ = load_run(untrained)                    # others' weights, with no settings
     torch.save(student.mae.encoder.state_dict(), tmp_path / "bare.pt")
-    bare = ["--checkpoint", tmp_path / "bare.pt", "--num-heads", 3, "--device", "cpu"]
+    bare = ["--checkpoint", tmp_path / "bare.pt", "--num-heads", 3, "--pixel-mean", 0.5,
+            "--pixel-std", 0.5, "--device", "cpu"]
     assert "--data: this checkpoint does not name" in refused("knn", *bare)
     assert "--data-root: name the folder" in refused("knn", *bare, "--data", "imagefolder")
     words = refused("knn", *bare, "--network", "untrained")

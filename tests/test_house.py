@@ -25,7 +25,7 @@ UP = {
     "settings": {"mae.SIZES", "mae.count_visible", "mae.pair", "pseudo_labels.BALANCING",
                  "teachers.STANDARDISE", "teachers.half_life"},
     "checkpoint": {"pseudo_labels.Student", "teachers.make_teachers"},
-    "weights": {"mae.MaskedAutoencoder", "mae.VisionTransformer", "mae.pair"},
+    "weights": {"safetensors.torch", "mae.MaskedAutoencoder", "mae.VisionTransformer", "mae.pair"},
     "datasets": {"mae.pair"},
     "probes": {"mae.patchify"},
 }

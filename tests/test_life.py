@@ -214,7 +214,7 @@ WAYS = {
 @pytest.mark.parametrize("recipe, world", [("pl-mae", 1), ("image-labels", 2)])
 def test_killed_anywhere_it_is_the_same_run(small_flags, tmp_path, recipe, world):
     flags = [*small_flags, *RUN, "--recipe", recipe, *WAYS[recipe]]
-    assert kill_and_compare(train.main, flags, tmp_path, 0, 3, world) >= 2
+    assert kill_and_compare(train.main, flags, tmp_path, 0, 3, world) >= 1
 
 
 @pytest.mark.slow

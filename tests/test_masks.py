@@ -2,6 +2,8 @@
 
 import json
 import math
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 
 import eval as evaluation
 import train
+from extras import segment
 from mae import SIZES
 from support import probes
 from support.command_line import UsageError
@@ -159,7 +162,7 @@ def test_masks_that_are_none(tmp_path):
     assert mask_path(path) == tmp_path / "trainannot" / "a.png"
     for mask, words in ((None, "has no mask"), (Image.new("RGB", (8, 6)), "of the kind RGB"),
                         (Image.new("L", (6, 8)), "make them alike"),
-                        ("not an image", "has no mask")):
+                        ("not an image", "cannot be decoded")):
         if isinstance(mask, str):
             mask_path(path).write_text(mask)
         elif mask is not None:
@@ -170,6 +173,80 @@ def test_masks_that_are_none(tmp_path):
     painted.putpalette(list(range(256)) * 3)
     painted.save(mask_path(path))
     assert (read_mask(path) == 7).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "I"])
+def test_whole_numbers_of_any_kind_are_masks(mode, tmp_path):
+    for folder in ("train", "trainannot"):
+        (tmp_path / folder).mkdir()
+    path = tmp_path / "train" / "a.jpg"
+    Image.new("RGB", (3, 2)).save(path)
+    want = torch.tensor([[0, 1, 1], [1, 0, 0]]) * (1 if mode == "1" else 7)
+    kind = {"I;16": np.uint16, "I": np.int32, "1": bool}.get(mode, np.uint8)
+    mask = Image.fromarray(want.numpy().astype(kind))
+    if mode == "P":
+        mask.putpalette(list(range(256)) * 3)
+    mask.save(mask_path(path), "TIFF" if mode == "I" else "PNG")
+    assert torch.equal(read_mask(path).long(), want)
+    if mode.startswith("I"):
+        Image.fromarray((1000 * want.numpy()).astype(kind)).save(
+            mask_path(path), "TIFF" if mode == "I" else "PNG")
+        with pytest.raises(UsageError, match="numbers from 0 to 7000; number the classes"):
+            read_mask(path)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_levels_of_few_bits_are_the_numbers_in_the_file(bits, tmp_path):
+    """Pillow gives 0, 85, 170, 255 for the numbers 0 to 3 of two bits."""
+    for folder in ("train", "trainannot"):
+        (tmp_path / folder).mkdir()
+    path, last = tmp_path / "train" / "a.jpg", 2**bits - 1
+    Image.new("RGB", (8, 1)).save(path)
+    numbers = [min(i, last) for i in range(8)]
+    line = int("".join(f"{n:0{bits}b}" for n in numbers), 2).to_bytes(bits, "big")
+
+    def chunk(name, content):
+        return (struct.pack(">I", len(content)) + name + content
+                + struct.pack(">I", zlib.crc32(name + content)))
+    mask_path(path).write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 1, bits, 0, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"\0" + line)) + chunk(b"IEND", b""))
+    assert read_mask(path)[0].tolist() == numbers
+
+
+@pytest.mark.parametrize("mode, words", [("RGB", "kind RGB"), ("RGBA", "kind RGBA"),
+                                         ("LA", "kind LA"), ("F", "kind F"), ("CMYK", "kind CMYK")])
+def test_colours_are_no_masks(mode, words, tmp_path):
+    for folder in ("train", "trainannot"):
+        (tmp_path / folder).mkdir()
+    path = tmp_path / "train" / "a.jpg"
+    Image.new("RGB", (8, 6)).save(path)
+    Image.new(mode, (8, 6)).save(mask_path(path), "TIFF")
+    with pytest.raises(UsageError, match=words):
+        read_mask(path)
+    Image.new("L", (8, 6)).save(mask_path(path), "JPEG")
+    with pytest.raises(UsageError, match="JPEG file, which changes the numbers"):
+        read_mask(path)
+
+
+def test_two_images_do_not_share_a_mask(pairs, checkpoint, tmp_path, capsys):
+    flags = ["--checkpoint", str(checkpoint), "--data", "imagefolder", "--data-root", str(pairs),
+             "--device", "cpu"]
+    with Image.open(pairs / "train" / "3.jpg") as image:
+        image.save(pairs / "train" / "3.png")
+    for command in (lambda: evaluation.main(["patches", *flags, "--void", "9"]),
+                    lambda: segment.main([*flags, "--batch-size", "8",
+                                          "--out", str(tmp_path / "segment")])):
+        with pytest.raises(UsageError, match="3.jpg and .*3.png share the mask .*3.png; give"):
+            command()
+    (pairs / "train" / "3.png").rename(pairs / "train" / "lone.png")
+    (pairs / "train" / "3.jpg").unlink()
+    with pytest.raises(UsageError, match="lone.png has no mask .* 1 of 30 have none: lone.png"):
+        evaluation.main(["patches", *flags])
+    (pairs / "train" / "lone.png").unlink()
+    evaluation.main(["patches", *flags, "--void", "9"])
+    assert "trainannot: left out are 1 that are the mask of no image: 3.png" in (
+        capsys.readouterr().err)
 
 
 def test_a_mask_is_of_the_upright_picture(tmp_path):
