@@ -45,6 +45,8 @@ PANELS = {
     "loss: image pseudo labels": ("image", 1, None),
     "loss: patch pseudo labels": ("patch", 1, None),
 }
+NEEDED = ("recipe", "data", "img_size", "val_fraction", "mean", "seed", "epochs", "batch_size",
+          "views", "target", "consistency_weight")         # of the settings of a run
 LINES = ["-", "--", ":", "-.", (0, (8, 2, 1, 2, 1, 2)), (0, (1, 4))]   # for black and white
 
 
@@ -64,6 +66,10 @@ def read_run(folder):
     if not (folder / "config.json").is_file() or not (folder / "metrics.jsonl").is_file():
         raise UsageError(f"{folder}: is no run; name a folder that train.py has written (--out)")
     config = read_json(folder / "config.json")
+    missing = [name for name in NEEDED if name not in config]
+    if missing:
+        raise UsageError(f"{folder}: its config.json has no {missing[0]}; name a run of this "
+                         "program")
     log = read_json_lines(folder / "metrics.jsonl")
     tests = [record for record in log if "knn_mean" in record]
     if not tests:

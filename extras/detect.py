@@ -84,7 +84,9 @@ class Scenes:
             self.coco.createIndex()
         self.keys = [each["id"] for each in self.coco.dataset["images"]]
         if images.paths is not None:
-            check_sizes(images.paths, self.coco.dataset["images"])
+            # images to test on are decoded now: a broken one would be an error after the training
+            check_sizes(images.paths, self.coco.dataset["images"], upright_size if (
+                split == "train") else lambda path: open_image(path, images.channels).size)
         # Number 0 is the ground; COCO's own numbers have gaps.
         self.number = {key: 1 + i for i, key in enumerate(sorted(self.coco.cats))}
 
@@ -133,10 +135,10 @@ def encode(mask):
     return run_lengths.encode(np.asfortranarray(mask.astype(np.uint8)))
 
 
-def check_sizes(paths, entries):
-    """Raises UsageError for an image of another size than its annotations are of. Reads headers."""
+def check_sizes(paths, entries, size_of):
+    """Raises UsageError for an image of another size than its annotations are of."""
     with ThreadPoolExecutor() as threads:
-        for path, each, size in zip(paths, entries, threads.map(upright_size, paths)):
+        for path, each, size in zip(paths, entries, threads.map(size_of, paths)):
             if size != (each["width"], each["height"]):
                 raise UsageError(f"--data-root: {path} has {size[0]} x {size[1]} pixels, its "
                                  f"annotations are of {each['width']} x {each['height']}; make "

@@ -43,7 +43,7 @@ def fail(message):
 def say(text):
     """One line on stderr, of several processes by the first alone."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        print(" ".join(text.splitlines()), file=sys.stderr, flush=True)    # also of odd names
 
 
 def shortened(names):
@@ -83,6 +83,9 @@ REMEDIES |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit (ulimit
 REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "see who may read and write it "
                           "(ls -l), or name another one")
 REMEDIES |= dict.fromkeys((errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR), "name another one")
+REMEDIES |= {errno.EFBIG: "raise the limit (ulimit -f unlimited)",
+             errno.EAGAIN: "use fewer --workers, or raise the limit (ulimit -u)",
+             errno.EPIPE: "the program that read what is printed has ended"}
 REMEDIES[errno.ENOENT] = "name one that is there"
 REMEDIES[errno.EIO] = "the disk or its connection fails; try again, or copy the data elsewhere"
 # The same where torch says it in words of its own, in a RuntimeError, perhaps of a worker.
@@ -93,9 +96,17 @@ WORDS = {"shared memory": SHARED_MEMORY, "</torch_": SHARED_MEMORY, "Bus error":
          "ancdata": "too many open files; " + REMEDIES[errno.EMFILE],
          "is killed by signal: Killed": "the memory of this machine is too small: a worker was "
          "killed; use fewer --workers, or --workers 0",
-         "exited unexpectedly": "a worker that decodes images ended; --workers 0 shows why"}
+         "exited unexpectedly": "a worker that decodes images ended; --workers 0 shows why",
+         "can't start new thread": "too many threads; " + REMEDIES[errno.EAGAIN]}
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
-             "Cannot allocate memory")
+             "Cannot allocate memory", "ALLOC_FAILED")
+
+
+def lacks_memory(error):
+    """Whether an error says that the memory of the device is too small (not: that of workers)."""
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        any(words in text for words in NO_MEMORY) and not any(words in text for words in WORDS))
 
 
 def what_ran_out(error):
@@ -106,7 +117,7 @@ def what_ran_out(error):
         for words, line in WORDS.items():
             if words in str(error):
                 return line
-    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+    if lacks_memory(error):
         return ("the memory is too small; use a smaller --batch-size, --img-size or --resident-gb, "
                 "or another --device")
     while error is not None:

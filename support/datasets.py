@@ -234,6 +234,10 @@ def walk(base):
     def leave_out(reason, path):
         left_out.setdefault(reason, []).append(path)
 
+    def is_read(real):
+        return (str(real.parent) in visited and real.suffix.lower() in known
+                and not hidden(real.name))
+
     def take(path, real, entry):
         suffix = path.suffix.lower()
         if entry.is_dir():
@@ -243,10 +247,10 @@ def walk(base):
             folders.append(path)
             to_do.append((path, real))
         elif not entry.is_file():
-            leave_out("links that lead nowhere, or no files", path)
+            leave_out("no files and no folders", path)
         elif suffix not in known:
             leave_out(f"files {suffix}" if suffix else "files without a suffix", path)
-        elif real in linked or entry.is_symlink() and os.path.dirname(real) in visited:
+        elif real in linked or entry.is_symlink() and is_read(Path(real)):
             leave_out("links to files that are read already", path)
         else:
             paths.append(path)
@@ -258,7 +262,10 @@ def walk(base):
     while to_do or links:
         if not to_do:                                      # all that really lies here is known
             path, entry = links.pop(0)
-            take(path, os.path.realpath(path), entry)
+            if os.path.exists(path):
+                take(path, os.path.realpath(path), entry)
+            else:
+                leave_out("links that lead nowhere", path)
             continue
         here, real = to_do.pop()
         try:
@@ -311,6 +318,8 @@ def about_classes(base, walked, names):
     alone = sorted(name for name, count in counts.items() if count == 1)
     deep = [path for path in walked.paths if path.parent.parent != base]
     same = Counter(name.casefold() for name in counts)
+    spelled = Counter(class_name(each.name) for each in walked.folders if each.parent == base)
+    twice = sorted(name for name, times in spelled.items() if times > 1)
     alike = sorted(name for name in counts if same[name.casefold()] > 1)
     lines = []
     if empty:
@@ -320,6 +329,9 @@ def about_classes(base, walked, names):
                      f"class, such as {deep[0].relative_to(base)}")
     if alike:
         lines.append(f"classes whose names differ in capital letters alone: {shortened(alike)}")
+    if twice:
+        lines.append(f"two folders, whose umlauts are written in two ways, are one class: "
+                     f"{shortened(twice)}")
     if len(counts) == 1:
         lines.append(f"there is one class, {most}, so there is nothing to tell apart, and no k-NN")
     elif n >= 2 * few:

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
-from support.command_line import UsageError
+from support.command_line import UsageError, lacks_memory
 from support.ranks import over_ranks, world_size
 
 LONGEST_WAIT = timedelta(hours=2)          # of ranks for rank 0, which may download or look
@@ -155,8 +155,8 @@ def memory_errors_in_one_line(device, flag, remedy):
     """Inside, a device whose memory is too small is a UsageError. flag: with its value."""
     try:
         yield
-    except RuntimeError as error:          # the words for it: CUDA's and MPS's, and the CPU's
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
             raise
         raise UsageError(f"{flag}: the memory of {device} is too small; {remedy}") from error
 

@@ -19,6 +19,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Pillow warns of images over 89 megapixels and refuses twice that (`open_image` says so). Between
 # the two lie cameras of today: nothing to warn of.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Transparency is left out, however it is stored.
+warnings.filterwarnings("ignore", "Palette images with Transparency")
 
 
 # Pillow knows these by their beginning but does not decode them, or runs another program for it.

@@ -321,19 +321,26 @@ def exported(encoder, mean, std):
 
 
 def encoder_of_run(path, file, network):
-    if network is None:
-        network = kept_network(file["config"])
-    if NETWORKS[network] not in file:
-        there = [name for name, key in NETWORKS.items() if key in file]
-        raise UsageError(f"--network {network}: checkpoint {path} has none; it has "
-                         f"{', '.join(there) or 'no network of this train.py'}")
-    encoder = MaskedAutoencoder(**mae_arguments(file["arch"])).encoder
-    prefix = "mae.encoder." if network == "student" else "encoder."
-    state = {name.removeprefix(prefix): value for name, value in file[NETWORKS[network]].items()
-             if name.startswith(prefix)}
-    check_numbers(path, state)
-    encoder.load_state_dict(state)
-    info = {key: file[key] for key in ("arch", "config", "step", "mean", "std")}
+    try:
+        if network is None:
+            network = kept_network(file["config"])
+        if NETWORKS[network] not in file:
+            there = [name for name, key in NETWORKS.items() if key in file]
+            raise UsageError(f"--network {network}: checkpoint {path} has none; it has "
+                             f"{', '.join(there) or 'no network of this train.py'}")
+        encoder = MaskedAutoencoder(**mae_arguments(file["arch"])).encoder
+        prefix = "mae.encoder." if network == "student" else "encoder."
+        state = {name.removeprefix(prefix): value for name, value in file[NETWORKS[network]].items()
+                 if name.startswith(prefix)}
+        check_numbers(path, state)
+        encoder.load_state_dict(state)
+        info = {key: file[key] for key in ("arch", "config", "step", "mean", "std")}
+    except UsageError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"--checkpoint {path}: is not as this train.py writes it "
+                         f"({type(error).__name__}: {str(error).splitlines()[0]}); use the "
+                         "version that wrote it, or another file") from error
     return encoder, dict(info, network=network)
 
 

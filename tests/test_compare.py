@@ -197,3 +197,12 @@ def test_refuses_settings_that_share_no_seed(tmp_path):
 def test_refuses_a_single_run(tmp_path):
     with pytest.raises(UsageError, match="only one run; name another"):
         compare.main([write_run(tmp_path / "one", (0.3, 0.2))])
+
+
+@pytest.mark.parametrize("text, words", [("{", "config.json: is not JSON"),
+                                         ('{"seed": 0}', "config.json has no recipe")])
+def test_a_broken_config_is_one_line(text, words, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UsageError, match=words):
+        compare.read_run(tmp_path)

@@ -245,6 +245,19 @@ def test_an_own_run_with_broken_numbers_is_refused(toy_flags, tmp_path):
         load_encoder(saved(file, tmp_path / "nan.pt"))
 
 
+@pytest.mark.parametrize("change", [
+    lambda file: file["config"].pop("consistency_weight"), lambda file: file["arch"].pop("depth"),
+    lambda file: file.pop("mean"), lambda file: file.update(arch=7),
+    lambda file: file["student"].pop("mae.encoder.cls_token")])
+def test_an_own_run_of_another_version_is_one_line(change, toy_flags, tmp_path):
+    train.main([*toy_flags, "--epochs", "0", "--out", str(tmp_path / "run")])
+    file = torch.load(tmp_path / "run" / "checkpoint.pt")
+    change(file)
+    with pytest.raises(UsageError, match="is not as this train.py writes it") as error:
+        load_encoder(saved(file, tmp_path / "other.pt"))
+    assert "\n" not in str(error.value)
+
+
 # ------------------------------------------------------------------------------------- safetensors
 
 def test_safetensors_are_read(tmp_path, monkeypatch):

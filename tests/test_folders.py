@@ -48,12 +48,13 @@ def test_links_to_folders_and_files_are_followed_once(tmp_path, capsys):
     (root / "train" / "a" / "here").symlink_to(root / "train" / "a")
     (root / "train" / "b" / "0 again.png").symlink_to(root / "train" / "b" / "0.png")
     (root / "train" / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (root / "train" / "a" / "self").symlink_to("self")
     put(tmp_path / "elsewhere.png")
     (root / "train" / "a" / "x.png").symlink_to(tmp_path / "elsewhere.png")
     found, said = train_images(root, capsys)
     assert found.classes == ["a", "b", "c"] and found.y.bincount().tolist() == [4, 3, 4]
     assert len(found) == 6 + 4 + 1 and said.count("left out are") == 1
-    assert "links that lead nowhere, or no files, such as a/gone.png" in said
+    assert "2 links that lead nowhere, such as a/gone.png" in said
     assert "3 links to folders that are read already" in said
     assert "1 links to files that are read already, such as b/0 again.png" in said
 
@@ -118,7 +119,7 @@ def test_no_file_is_opened_that_is_none(tmp_path, capsys):
     os.mkfifo(root / "train" / "a" / "pipe.png")           # reading it would never end
     put(root / "train" / "a" / "folder.png" / "1.png")     # a folder with the name of an image
     found, said = train_images(root, capsys)
-    assert len(found) == 7 and "no files, such as a/pipe.png" in said
+    assert len(found) == 7 and "1 no files and no folders, such as a/pipe.png" in said
 
 
 def test_files_without_content_and_broken_ones_are_all_named(tmp_path):
@@ -230,3 +231,21 @@ def test_one_class_is_nothing_to_tell_apart(tmp_path, capsys):
     with pytest.raises(UsageError, match="has one class"):
         datasets.require_classes(tmp_path, found)
     assert torch.equal(found.y, torch.zeros(12).long())
+
+
+def test_links_to_what_is_left_out_are_used(tmp_path, capsys):
+    """As git-annex has it: names without a suffix, beside the links that have one."""
+    root = two_classes(tmp_path)
+    for i in range(2):
+        (root / "train" / "a" / f"{i}.png").rename(root / "train" / "a" / f"sha{i}")
+        (root / "train" / "a" / f"{i}.png").symlink_to(f"sha{i}")
+    found, said = train_images(root, capsys)
+    assert len(found) == 6 and "2 files without a suffix" in said and "read already" not in said
+
+
+def test_a_class_written_in_two_ways_is_said(tmp_path, capsys):
+    root = two_classes(tmp_path)
+    for way in ("NFD", "NFC"):
+        put(*(root / "train" / unicodedata.normalize(way, "ä") / f"{i}.png" for i in range(2)))
+    found, said = train_images(root, capsys)
+    assert found.classes == ["a", "b", "ä"] and "are one class: ä" in said
