@@ -34,10 +34,12 @@ SUMMARY = {
     "pixels": "raw pixels",
     "untrained": "untrained encoder",
     "mae": "`mae`",
+    "mae-plain-pixels": "`mae`, plain pixels (`--no-norm-pix-loss`)",
     "rc-mae": "`rc-mae`",
     "image-labels": "`image-labels`: image pseudo labels alone",
     "mim-cluster": "`mim-cluster`: one teacher, pixels in place of tokens",
     "pl-mae-one-teacher": "`pl-mae-one-teacher`",
+    "pl-mae-one-teacher-0.3%": "the same, labels as fast as in `pl-mae`",
     "pl-mae": "`pl-mae`",
 }
 EVIDENCE = ("evidence", "photographs")                     # stages that looked at the test split
