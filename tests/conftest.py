@@ -17,6 +17,9 @@ from support import devices, report  # noqa: E402
 from support.datasets import Images  # noqa: E402
 
 torch.set_num_threads(1)                   # on tiny tensors a second thread costs more
+# The first backward decides whether there are threads for GPUs, and a process that has them cannot
+# be forked (test_life.py). So it comes before a GPU is played (test_devices.py).
+torch.zeros(1, requires_grad=True).sum().backward()
 
 TOY = dict(img_size=16, patch_size=4, in_chans=3, embed_dim=32, depth=2, num_heads=2,
            decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)

@@ -349,7 +349,9 @@ def test_a_folder_has_one_run_and_a_kill_frees_it(small_flags, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(train, "learning_rate", wait)
         first = fork(lambda: train.main(flags), log)
+    patience = time.monotonic() + 60
     while not (tmp_path / "waits").exists():
+        assert time.monotonic() < patience, log.read_text()
         time.sleep(0.05)
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     second = tmp_path / "second"
