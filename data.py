@@ -168,10 +168,12 @@ class CroppedFiles(torch.utils.data.Dataset):
         return cut(image, boxes.tolist(), size)
 
 
-def survive_one_sigterm(worker):
-    """Queues and torchrun send SIGTERM to all processes of a run. Its workers leave the first one
-    to the run, which finishes its step and ends them; a second one ends them."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+def survive_one_signal(worker):
+    """Queues and torchrun send SIGTERM to all processes of a run, a terminal SIGINT. Its workers
+    leave the first one to the run, which finishes its step and ends them; a second one ends
+    them."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 class Views(NamedTuple):
@@ -255,7 +257,7 @@ class Batches:
 
         files = CroppedFiles(self.images, self.smallest)
         loader = torch.utils.data.DataLoader(files, batch_sampler=plan(), num_workers=self.workers,
-                                             worker_init_fn=survive_one_sigterm,
+                                             worker_init_fn=survive_one_signal,
                                              pin_memory=self.device.type == "cuda")
         return iter(loader)
 

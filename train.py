@@ -260,9 +260,10 @@ def train(run, batches, autocast, watch):
             if look:
                 report.evaluate_and_save(run, done)
             meter = report.Meter(done)
-        if (told := watch.told(saved=look)) and not look:  # by the clock, or a signal
-            checkpoint.save(run, done, meter.state())
-        watch.end_if_signalled(told, done, run.out)
+        told, saved = watch.told(saved=look), look         # by the clock, or a signal
+        if told and not look:
+            saved = checkpoint.save(run, done, meter.state())
+        watch.end_if_signalled(told, done, run.out, saved)
 
 
 def prepare(run, batches):

@@ -25,7 +25,15 @@ from torchvision.transforms import v2
 from data import epoch_order, generator
 from mae import SIZES, VisionTransformer, pair
 from support import weights
-from support.checkpoint import NAME, PREVIOUS, claim, continue_from, is_finite, save_checkpoint
+from support.checkpoint import (
+    NAME,
+    PREVIOUS,
+    claim,
+    continue_from,
+    is_finite,
+    precision_before,
+    save_checkpoint,
+)
 from support.command_line import (
     UsageError,
     check_ranges,
@@ -38,7 +46,7 @@ from support.command_line import (
     size,
 )
 from support.datasets import SETS, held_out, load_images, mean_std, spread_out
-from support.devices import choose_precision, memory_errors_in_one_line, peak_memory
+from support.devices import best_precision, choose_precision, memory_errors_in_one_line, peak_memory
 from support.files import append_json, read_json_lines, truncate_log, write_atomically
 from support.life import Watch, lock
 from support.pictures import draw_line, plt, save
@@ -100,7 +108,7 @@ class Config:
     seed: int = option(0, "of new weights, order, crops, drop path", range=(0, 2**63 - 1))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     precision: str = option(
-        "auto", "auto: bf16 where the device is faster in it, else fp32",
+        "auto", "auto: bf16 where the device is faster in it, else fp32; never fp16",
         choices=["auto", "bf16", "fp32"])
 
 
@@ -274,6 +282,9 @@ def tune(config, encoder, model, images, ids, statistics, loss_of, look, device)
     drop_paths(encoder, config.drop_path)
     optimizer = torch.optim.AdamW(parameter_groups(encoder, model, config), betas=(0.9, 0.999))
     mean = mean_std(images)[0]                             # tells these images from others
+    if config.precision == "auto":         # kept with the run, as train.py does; fp16 has no scaler
+        best = best_precision(device)
+        config.precision = precision_before(out) or ("fp32" if best == "fp16" else best)
     begin, losses, seconds = resume(config, model, optimizer, mean, len(images))
     say(describe(config))
     in_all, in_encoder = (sum(p.numel() for p in module.parameters()) / 1e6
@@ -284,20 +295,19 @@ def tune(config, encoder, model, images, ids, statistics, loss_of, look, device)
         f"encoder, {in_all:.1f} M in all; {device}; steps {begin} to {total}, into {out}")
 
     _, compute = choose_precision(config.precision, device)
-    if compute == torch.float16:       # its gradients would have to be scaled, as in train.py
-        compute = None
     model.train()
 
     def keep(step):
         """Save, with what the next line of the log is computed from."""
         if not is_finite(model):
-            return
+            return False
         save_checkpoint(out / NAME, dict(
             tuned=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
             losses=losses, seconds=time.perf_counter() - since,
             config=dataclasses.asdict(config), mean=mean, images=len(images),
             encoder=weights.exported(encoder, *statistics)),                   # for load_encoder
             keep=out / PREVIOUS)
+        return True
 
     losses = [each.to(device) for each in losses]
     order, since = None, time.perf_counter() - seconds
@@ -340,9 +350,10 @@ def tune(config, encoder, model, images, ids, statistics, loss_of, look, device)
                 if pause:
                     keep(done)
                     draw_curves(out)
-            if (told := watch.told(saved=pause)) and not pause:
-                keep(done)
-            watch.end_if_signalled(told, done, out)
+            told, saved = watch.told(saved=pause), pause
+            if told and not pause:
+                saved = keep(done)
+            watch.end_if_signalled(told, done, out, saved)
     return total
 
 

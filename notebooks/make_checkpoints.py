@@ -43,7 +43,8 @@ TEACHERS = ("labelling_teacher", "reconstruction_teacher")
 def main():
     checkpoint.save_checkpoint = save_and_keep             # which saves
     for name, flags in RUNS.items():                       # a finished run is left as it is
-        train.main([*flags, "--data-root", str(ROOT / "data"), "--out", str(folder(name))])
+        train.main([*flags, "--save-minutes", "0", "--data-root", str(ROOT / "data"),
+                    "--out", str(folder(name))])
     for name in ("mae", "pl-mae"):
         whole(name)
     labelling(kept("pl-mae")[6], "pl-mae-half-way", RUNS["pl-mae"])

@@ -9,15 +9,17 @@ PLAN is a text file, such as results/plan.txt. A line of it is a run:
 DATA holds a folder of each set of images: fashion-mnist as torchvision wants it, photographs as
 train/<class>/* and test or val. What follows `@` in the name of a set is no part of the folder's:
 `cifar10-jpeg@tiny` is a ViT-Tiny on all training images of `cifar10-jpeg`. RUNS is where the runs
-go. A run that has its line in the results
-is not done again: delete the line to repeat it. A run that was cut off continues, and one that
-failed gets a line that says so. Several processes may work off one plan: each takes the next run
-that no other has. Runs with the names `pixels` and `untrained` are yardsticks: raw pixels, or the
-network before training, on the images of that run.
+go. A run that has its line in the results is not done again: delete the line to repeat it. A run
+that was cut off continues, and one that failed gets a line that says so. Several processes may work
+off one plan: each takes the next run that no other has. So that other work is not slowed, start one
+for each core, each with one thread: OMP_NUM_THREADS=1 nice -n 19 python -m results.study ...
+
+Runs with the names `pixels` and `untrained` are yardsticks: raw pixels, or the network before
+training, on the images of that run.
 
 Runs compute in bf16. On CPUs with AVX512-BF16 this is faster. On others it is many times slower:
-there, say --precision fp32. On a GPU, --compile halves the time of a
-step; four processes at a time keep it busy while one of them compiles or looks at pictures.
+there, say --precision fp32. On a GPU use --compile, and six processes or so at a time: they keep it
+busy while one of them compiles or looks at pictures.
 
 Search and evidence are kept apart: runs of the stage `search` are judged on validation images
 alone, all others on the test split as well. The stage `repeat` is for runs of the evidence that are
@@ -207,7 +209,9 @@ def main(argv=None):
                 work = train_further if run.stage in FURTHER else train_and_judge
                 compiled = ["--compile"] * (options.compile and work is train_and_judge)
                 row |= work(run, options.data, out, ["--precision", options.precision, *compiled])
-            except (Exception, SystemExit):                # the plan goes on; the line says why
+            except (Exception, SystemExit) as error:       # the plan goes on; the line says why
+                if isinstance(getattr(error, "code", None), int) and error.code > 128:
+                    raise                                  # a signal ends the plan too
                 traceback.print_exc()
                 row["error"] = traceback.format_exc().strip().splitlines()[-1][:200]
             append_json(options.results, row | where)

@@ -43,14 +43,18 @@ def save_checkpoint(path, content, keep=None):
 
 
 def save(run, step, meter=None):
-    """Write the checkpoint of a run after so many steps, and keep the one before it; by rank 0."""
-    if run.rank == 0 and is_finite(run.student):
+    """Write the checkpoint of a run after so many steps, and keep the one before it; by rank 0.
+    False if its weights are no numbers: then nothing is written."""
+    if not is_finite(run.student):
+        return False
+    if run.rank == 0:
         config, parts = run.config, parts_of(run)
         save_checkpoint(run.out / NAME, dict(
             {key: part.state_dict() for key, part in parts.items()},
             arch=architecture(config, run.images.channels), step=step, meter=meter,
             config=dataclasses.asdict(config), mean=run.mean, std=run.std, images=len(run.images)),
             keep=run.out / PREVIOUS)
+    return True
 
 
 def is_finite(network):
@@ -106,8 +110,9 @@ def claim(out, rank=0):
     out = Path(out)
     if rank == 0 and out.is_dir():
         lock(out)
-        for half in out.glob(f".{NAME}.*"):
-            half.unlink()
+        for name in (NAME, "metrics.jsonl", "config.json"):
+            for half in out.glob(f".{name}.*"):
+                half.unlink()
         newest, previous = out / NAME, out / PREVIOUS
         if previous.exists() and not is_whole(newest):
             if not is_whole(previous):
@@ -149,7 +154,9 @@ def precision_before(out):
     """The precision of the run in the folder `out`, None if it holds none."""
     if not (Path(out) / NAME).exists():
         return None
-    return load_checkpoint(Path(out) / NAME, "--out").get("config", {}).get("precision")
+    file = load_checkpoint(Path(out) / NAME, "--out")
+    config = file.get("config") if isinstance(file, dict) else None
+    return config.get("precision") if isinstance(config, dict) else None
 
 
 def continue_from(path, config, free, mean, images, key="student"):

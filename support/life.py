@@ -117,13 +117,15 @@ class Watch:
         self.asked = work, number
         return agreed
 
-    def end_if_signalled(self, told, step, out):
+    def end_if_signalled(self, told, step, out, saved=True):
         """After the checkpoint of the step was saved: end with 128 + signal, all ranks together."""
         if told <= SAVE:
             return
         if self.rank == 0:
-            print(f"{signal.Signals(told).name}: stopped after step {step}, which is saved in "
-                  f"{out}; the same command continues there", file=sys.stderr, flush=True)
+            where = f"which is saved in {out}; the same command continues there" if saved else (
+                f"which is not saved; what {out} holds is intact")
+            print(f"{signal.Signals(told).name}: stopped after step {step}, {where}",
+                  file=sys.stderr, flush=True)
         if self.group is not None:         # torchrun ends the others as soon as one has ended
             distributed.barrier()
             distributed.destroy_process_group()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from data import generator
 from support import checkpoint
+from support.datasets import part_of
 from support.devices import best_precision, peak_memory
 from support.files import append_json, read_json_lines
 from support.health import (
@@ -116,9 +117,10 @@ def log(run, record):
     """Write a record, say it, and warn of what looks wrong twice in a row. Ends the run where its
     numbers are none."""
     step = record["step"]
-    # in fp16 a gradient may overflow: the scaler then leaves that step out, and scales less
-    norm = 0 if run.scaler.is_enabled() else record["grad_norm"]
-    if not math.isfinite(record["loss"] + norm):
+    # in fp16 a gradient may overflow: the scaler then leaves that step out, and scales less; but
+    # where it scales by next to nothing, no gradient has been a number for long
+    overflows = run.scaler.is_enabled() and run.scaler.get_scale() > 1e-4
+    if not math.isfinite(record["loss"] + (0 if overflows else record["grad_norm"])):
         run.say(f"train.py: the loss is {record['loss']}, the gradient {record['grad_norm']} at "
                 f"step {step}. The last checkpoint is intact; try a lower --lr, with another --out")
         sys.exit(1)
@@ -178,9 +180,9 @@ def announce(run, world):
     run.say(f"{config.recipe}, {config.model} ({in_encoder:.1f} M parameters in the encoder, "
             f"{in_all:.1f} M in all), {encoder.grid[0]} x {encoder.grid[1]} patches; {run.device}, "
             f"{config.precision}, {world} process(es)")
-    if run.start and config.precision != best_precision(run.device):
-        run.say(f"computes in {config.precision}, as it began; here {best_precision(run.device)} "
-                "would be faster")
+    best = best_precision(run.device) if run.start else config.precision
+    if best != config.precision:
+        run.say(f"computes in {config.precision}, as it began; here {best} would be faster")
     run.say(f"{config.data}: {len(run.train_ids)} images to train on, {len(run.val_ids)} held out; "
             + (f"{classes} classes, for evaluation alone" if classes else
                "no classes (subfolders of DIR/train are classes)") + f"; {run.images.kept}")
@@ -261,7 +263,7 @@ def conclude(run):
                 f"{first['knn_mean']:.1%} and {last['knn_mean']:.1%}")
     root = Path(run.config.data_root)
     can_test = (run.images.y >= 0).any() and len(run.images.classes) > 1 and (
-        run.config.data != "imagefolder" or (root / "test").is_dir() or (root / "val").is_dir())
+        run.config.data != "imagefolder" or part_of(root, "test") or part_of(root, "val"))
     following = f"; next: python eval.py linear --checkpoint {path}" if can_test else ""
     run.say(f"done: {path} and its pictures{following}")
 

@@ -208,7 +208,9 @@ def resolve(argv=None):
         source = Path(config.data_root).resolve().name if data == "imagefolder" else data
         config.out = f"runs/{recipe}-{source}-{config.model}"
     check(config)
-    if config.teachers == 1 and config.target == "tokens" and "reconstruction_half_life" in given:
+    labelled = config.image_weight or config.patch_weight
+    if (config.teachers == 1 and config.target == "tokens" and labelled
+            and "reconstruction_half_life" in given):
         raise UsageError("--reconstruction-half-life: one teacher goes at the pace of its labels; "
                          "use --labelling-half-life")
     return config
@@ -227,14 +229,14 @@ def row_of_folder(given):
     if "img_size" in given:
         size = given["img_size"]
         patch = size_and_patch(min(pair(size)))[1]
-    batch = given.get("batch_size", min(Config.batch_size, power_of_two(images / 3)))
-    samples = batch // given.get("accumulate", 1) * given.get("views", Config.views)
+    batch = max(1, given.get("batch_size", min(Config.batch_size, power_of_two(images / 3))))
+    samples = batch // max(1, given.get("accumulate", 1)) * given.get("views", Config.views)
     steps = max(1, images // batch)                        # of an epoch
     row = dict(img_size=size, patch_size=patch, batch_size=batch,
                epochs=max(Config.epochs, math.ceil(LEAST_STEPS / steps)),
                image_clusters=max(2, min(Config.image_clusters, samples // 4)))
     # At 0.05 pseudo labels of few clusters stay uniform: so of 8, results/few_photographs.jsonl.
-    if row["image_clusters"] <= 32:
+    if given.get("image_clusters", row["image_clusters"]) <= 32:
         row["teacher_temperature"] = DATA_ROWS["shapes"]["teacher_temperature"]
     return row
 

@@ -142,9 +142,8 @@ def start_from(student, config):
             fill(student.mae.decoder, names, state)
             taken += " and decoder"
         except UsageError as error:
-            print(f"--init {path}: its decoder does not fit, {error}", file=sys.stderr)
-    print(f"starts from {path}: {taken}, and the mean and std of pixels that it is used to",
-          file=sys.stderr)
+            say(f"--init {path}: its decoder does not fit, {error}")
+    say(f"starts from {path}: {taken}, and the mean and std of pixels that it is used to")
     return info["mean"], info["std"]
 
 
@@ -367,7 +366,7 @@ def say_what_is_known(path, assumed):
     """Of a file that says by itself what others' do not: that flags say nothing more."""
     flags = [flag(name) for name, value in assumed.items() if value is not None]
     if flags:
-        say(f"{path} says by itself how it was trained; {', '.join(flags)} say nothing more of it")
+        say(f"{', '.join(flags)}: ignored, as {path} says itself how it was trained")
 
 
 def check_numbers(path, state):

@@ -204,7 +204,7 @@ def test_flags_that_say_nothing(toy_flags, tmp_path, capsys):
     export(VisionTransformer(16, 4, embed_dim=32, depth=2, num_heads=2), INFO, tmp_path)
     found, _ = load_encoder(tmp_path / "encoder.pt", num_heads=4)
     assert found.blocks[0].attn.num_heads == 2
-    assert "says by itself how it was trained; --num-heads say" in capsys.readouterr().err
+    assert "--num-heads: ignored, as" in capsys.readouterr().err
     with pytest.raises(UsageError, match="--pixel-mean, --pixel-std: are of the weights of --init"):
         train.main([*toy_flags, "--pixel-mean", "0.5"])
     with pytest.raises(UsageError, match="--num-heads 5: must divide the width of 32"):

@@ -369,12 +369,12 @@ def test_a_folder_has_one_run_and_a_kill_frees_it(small_flags, tmp_path, monkeyp
 # -------------------------------------------------------------------------------------- checksums
 
 def test_a_flipped_bit_or_a_cut_is_noticed_or_harmless(tmp_path):
-    """Of 5,000 flips and 200 cuts, each is refused, or what is read is what was written."""
+    """Of 1,500 flips and 200 cuts, each is refused, or what is read is what was written."""
     path, dice = tmp_path / "checkpoint.pt", random.Random(0)
     content = dict(student={"weight": torch.randn(5, 7), "bias": torch.arange(9.0)}, step=7)
     save_checkpoint(path, content)
     data, noticed = path.read_bytes(), 0
-    for _ in range(5000):
+    for _ in range(1500):
         flipped = bytearray(data)
         flipped[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
         path.write_bytes(flipped)
@@ -382,7 +382,7 @@ def test_a_flipped_bit_or_a_cut_is_noticed_or_harmless(tmp_path):
             assert same(load_checkpoint(path), content)
         except UsageError:
             noticed += 1
-    assert noticed > 1000
+    assert noticed > 600
     for _ in range(200):
         path.write_bytes(data[:dice.randrange(len(data))])
         with pytest.raises(UsageError):

@@ -91,3 +91,23 @@ def test_help_comes_in_groups(capsys):
     assert places == sorted(places)
     first = text[places[0]:places[1]]
     assert first.count("\n  --") == 10 and "--epochs" in first and "--data-root" in first
+
+
+def test_nothing_is_divided_by_nothing(tmp_path):
+    root = folder_of(tmp_path, 60)
+    for flag in ("--batch-size", "--accumulate"):
+        with pytest.raises(UsageError, match=f"{flag} 0: must be 1 or more"):
+            resolved("--data", "imagefolder", "--data-root", root, flag, 0)
+
+
+def test_few_clusters_that_were_given_get_the_lower_temperature_too(tmp_path):
+    root = folder_of(tmp_path, 420)
+    of_folder = ("--data", "imagefolder", "--data-root", root)
+    assert resolved(*of_folder).teacher_temperature == 0.05
+    assert resolved(*of_folder, "--image-clusters", 8).teacher_temperature == 0.0125
+
+
+def test_the_half_life_of_a_teacher_without_labels_can_be_set():
+    config = resolved("--teachers", 1, "--image-weight", 0, "--patch-weight", 0,
+                      "--reconstruction-half-life", "5%")
+    assert config.reconstruction_half_life == "5%"

@@ -75,3 +75,16 @@ def test_trains_a_run_of_the_evidence_further(photos, tmp_path, monkeypatch, no_
     assert tuned["finetune"]["top1"] >= 0 and tuned["finetune"]["test_images"] == 18
     assert scratch["finetune"].keys() == tuned["finetune"].keys()
     assert "there is no such file" in nobody["error"]
+
+
+def test_a_signal_ends_the_plan_and_the_run_stays_open(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "SETS", {"photos": "--data imagefolder"})
+    plan, results = tmp_path / "plan.txt", tmp_path / "results.jsonl"
+    plan.write_text(f"evidence photos 2 pl-mae: {SMALL}\nevidence photos 3 pl-mae: {SMALL}\n")
+
+    def stopped(argv):
+        raise SystemExit(143)
+    monkeypatch.setattr(study.train, "main", stopped)
+    with pytest.raises(SystemExit):
+        study.main([str(plan), str(tmp_path), str(tmp_path / "runs"), "--results", str(results)])
+    assert read_json_lines(results) == []
