@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as TF
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from conftest import TOY_SIZE  # noqa: E402
-from random_files import annotations, attempt, flags, mask_files, walks  # noqa: E402
+from random_files import annotations, attempt, flags, mask_files, schedules, walks  # noqa: E402
 
 import data  # noqa: E402
 import mae  # noqa: E402
@@ -34,6 +34,8 @@ import train  # noqa: E402
 from support import datasets, settings  # noqa: E402
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
 def close(a, b, atol):
     torch.testing.assert_close(a.double(), b.double(), atol=atol, rtol=atol)
 
@@ -109,32 +111,6 @@ def labels(rng, g):
     finite(pseudo_labels.koleo(unit, rng.randint(1, S)))
     patch = torch.randn(rng.randint(1, 3), S, K, generator=g)
     close(pseudo_labels.remove_place(patch).mean(0), torch.zeros(S, K), 1e-5)
-
-
-def random_half_life(rng):
-    return rng.choice(["0", "inf", "1%", "30", "100%", f"{rng.randint(1, 999)}",
-                       f"{rng.uniform(0, 100)}%", "1e-300%", "1e300"])
-
-
-def schedules(rng, g):
-    total, text = rng.choice([1, 2, rng.randint(3, 300)]), random_half_life(rng)
-    if rng.random() < 0.5:
-        text = f"{text}:{random_half_life(rng)}"
-    ends = text.split(":")
-    m = [teachers.momentum(step, total, teachers.half_life(text)) for step in range(total)]
-    first, last = (teachers.momentum(0, total, end) for end in (ends[0], ends[-1]))
-    assert all(0 <= each <= 1 for each in m) and math.isclose(m[0], first, abs_tol=1e-12)
-    assert total == 1 or math.isclose(m[-1], last, abs_tol=1e-12)
-    ordered = sorted(m, reverse=last < first)
-    assert all(abs(a - b) < 1e-12 for a, b in zip(m, ordered))
-    config = settings.Config(lr=10 ** rng.uniform(-6, 0), warmup=rng.choice([0, 1, rng.random()]))
-    assert all(0 <= train.learning_rate(step, total, config) <= config.lr * (1 + 1e-9)
-               for step in range(total))
-    try:
-        teachers.half_life(rng.choice(["nan", "-1", "0.5", "101%", "1:2:3", "a\nb", "", "%"]))
-        raise AssertionError("it was taken for a half-life")
-    except ValueError as error:
-        assert len(str(error).splitlines()) == 1
 
 
 def averages(rng, g):

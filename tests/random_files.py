@@ -1,4 +1,4 @@
-"""The kinds of random cases that are about files and flags: see random_cases.py."""
+"""The kinds of random cases that are about files, flags and schedules: see random_cases.py."""
 
 import io
 import json
@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 import mae
+import teachers
+import train
 from support import datasets, images, masks, settings
 from support.command_line import UsageError, what_ran_out
 
@@ -59,7 +61,7 @@ def tree(rng, base, links_to):
             path.mkdir()
             here.append(path)
         elif what == "link":
-            path.symlink_to(rng.choice([*base.rglob("*"), *here, *links_to, "nowhere"]))
+            path.symlink_to(rng.choice([*sorted(base.rglob("*")), *here, *links_to, "nowhere"]))
         elif what == "pipe":
             os.mkfifo(path)
         else:
@@ -71,7 +73,7 @@ def walks(rng, g):
         root, other = Path(root) / "set", Path(root) / "other"
         root.mkdir(), other.mkdir()
         tree(rng, other, [])
-        tree(rng, root, [other, root.parent, *other.rglob("*")])
+        tree(rng, root, [other, root.parent, *sorted(other.rglob("*"))])
         for _ in range(rng.choice([0, 1, 2])):             # classes
             folder = root / "train" / rng.choice(NAMES)
             try:
@@ -223,3 +225,29 @@ def flags(rng, g):
         assert config.out and config.eval_every >= 1 and settings.describe(config)
         assert all(K <= samples or not samples
                    for _, samples, K in settings.samples_and_clusters(config))
+
+
+def random_half_life(rng):
+    return rng.choice(["0", "inf", "1%", "30", "100%", f"{rng.randint(1, 999)}",
+                       f"{rng.uniform(0, 100)}%", "1e-300%", "1e300"])
+
+
+def schedules(rng, g):
+    total, text = rng.choice([1, 2, rng.randint(3, 300)]), random_half_life(rng)
+    if rng.random() < 0.5:
+        text = f"{text}:{random_half_life(rng)}"
+    ends = text.split(":")
+    m = [teachers.momentum(step, total, teachers.half_life(text)) for step in range(total)]
+    first, last = (teachers.momentum(0, total, end) for end in (ends[0], ends[-1]))
+    assert all(0 <= each <= 1 for each in m) and math.isclose(m[0], first, abs_tol=1e-12)
+    assert total == 1 or math.isclose(m[-1], last, abs_tol=1e-12)
+    ordered = sorted(m, reverse=last < first)
+    assert all(abs(a - b) < 1e-12 for a, b in zip(m, ordered))
+    config = settings.Config(lr=10 ** rng.uniform(-6, 0), warmup=rng.choice([0, 1, rng.random()]))
+    assert all(0 <= train.learning_rate(step, total, config) <= config.lr * (1 + 1e-9)
+               for step in range(total))
+    try:
+        teachers.half_life(rng.choice(["nan", "-1", "0.5", "101%", "1:2:3", "a\nb", "", "%"]))
+        raise AssertionError("it was taken for a half-life")
+    except ValueError as error:
+        assert len(str(error).splitlines()) == 1
