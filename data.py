@@ -132,7 +132,7 @@ def recolour(x, u, strength=1.0):
 
     def change(number, most):
         """A number uniform in -most..most for each image, 0 where it is not changed: B 1 1 1."""
-        return (changed * most * (2 * number - 1))[:, None, None, None]
+        return (changed * (most * (2 * number - 1)))[:, None, None, None]
 
     most = min(0.8, 0.4 * strength)
     x = (x * (1 + change(u[:, 1], most))).clamp(0, 1)                          # brightness

@@ -266,7 +266,9 @@ def me_max(scores, temperature=0.1):
 
     scores ... K of the student, with gradient."""
     mean = mean_over_ranks((scores / temperature).softmax(-1).flatten(0, -2).mean(0))          # K
-    return math.log(len(mean)) + torch.special.xlogy(mean, mean).sum()
+    # A mean that is too small for its type is 0, where the logarithm has no gradient.
+    least = mean.clamp(min=torch.finfo(mean.dtype).tiny)
+    return math.log(len(mean)) + torch.special.xlogy(mean, least).sum()
 
 
 def koleo(unit, images):

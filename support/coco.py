@@ -103,7 +103,7 @@ def read_content(path):
                 refuse(f"object {number} is of image {each['image_id']}, which is not listed")
             if text is None and each["category_id"] not in known["categories"]:
                 refuse(f"object {number} is of category {each['category_id']}, which is not listed")
-        known[kind] = {each.get("id") for each in content[kind]}
+        known[kind] = {each["id"] for each in content[kind]} if text else None
         for key in ("id", "file_name") if kind == "images" else ("id",) if text else ():
             value, times = Counter(each[key] for each in content[kind]).most_common(1)[0] if (
                 content[kind]) else (None, 0)

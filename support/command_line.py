@@ -16,6 +16,11 @@ class UsageError(ValueError):
 
     Commands end with exit code 2."""
 
+    def __init__(self, text):
+        if "Traceback" not in text:                        # a worker's, which is for `fail`
+            text = " ".join(text.splitlines())             # a file's name may hold a line break
+        super().__init__(text)
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line, and flags are not abbreviated."""
@@ -223,9 +228,10 @@ def given_flags(Config, argv, description, epilog, groups=()):
 def check_ranges(config):
     """Raises UsageError for a number outside the range of its field."""
     for field in dataclasses.fields(config):
-        if field.metadata["range"] is None:
+        value = getattr(config, field.name)
+        if field.metadata["range"] is None or value is None:           # None: still open
             continue
-        value, (low, high) = getattr(config, field.name), field.metadata["range"]
-        if math.isinf(value) or not low <= value <= high:       # not: also refuses nan
+        low, high = field.metadata["range"]
+        if value == math.inf or not low <= value <= high:       # not: also refuses nan
             bounds = f"{low} or more" if high == math.inf else f"from {low} to {high}"
             raise UsageError(f"{flag(field.name)} {value}: must be {bounds}")

@@ -109,7 +109,7 @@ def fit(pixels, size, channels):
     H, W = pixels.shape[2:]
     if (H, W) != size:
         scale = max(size[0] / H, size[1] / W)
-        inner = [min(H, round(size[0] / scale)), min(W, round(size[1] / scale))]
+        inner = [max(1, min(H, round(size[0] / scale))), max(1, min(W, round(size[1] / scale)))]
         pixels = TF.center_crop(pixels, inner)
         pixels = TF.resize(pixels, size, interpolation=TF.InterpolationMode.BICUBIC)
     return pixels.expand(-1, channels, -1, -1)

@@ -20,7 +20,8 @@ def seen_part(mask, size):
     (H, W), as in `support.images.fit`. It is not resized."""
     H, W = mask.shape
     scale = max(size[0] / H, size[1] / W)
-    return TF.center_crop(mask, [min(H, round(size[0] / scale)), min(W, round(size[1] / scale))])
+    inner = [max(1, min(H, round(size[0] / scale))), max(1, min(W, round(size[1] / scale)))]
+    return TF.center_crop(mask, inner)
 
 
 def count_pixels(mask, size, grid, classes, void=255):

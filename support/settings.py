@@ -203,7 +203,7 @@ def resolve(argv=None):
     config = Config(**(row | RECIPES[recipe] | given))
     config.img_size = config.img_size or SETS[data].size
     config.patch_size = config.patch_size or SETS[data].patch
-    config.eval_every = config.eval_every or max(1, math.ceil(config.epochs / 10))
+    config.eval_every = config.eval_every or max(1, -(-config.epochs // 10))       # rounded up
     if config.out is None:
         source = Path(config.data_root).resolve().name if data == "imagefolder" else data
         config.out = f"runs/{recipe}-{source}-{config.model}"
@@ -221,6 +221,7 @@ def row_of_folder(given):
 
     Few images want a small batch and many epochs; a small network, small images. given: the row of
     the recipe and the flags, which what they leave open has to suit."""
+    check_ranges(Config(**given))          # before anything is divided by them
     images, side = look(given.get("data_root", Config.data_root),
                         given.get("val_fraction", Config.val_fraction))
     if not images:
@@ -260,6 +261,9 @@ def check(config):
     """Raises UsageError for settings that can never be."""
     check_ranges(config)
     (H, W), (ph, pw) = pair(config.img_size), pair(config.patch_size)
+    if H == W == 1:
+        raise UsageError(f"--img-size {config.img_size}: one pixel is one patch, so none can be "
+                         "masked; use a larger one")
     fits = [str(n) for n in range(1, min(H, W) + 1)
             if H % n == 0 and W % n == 0 and (n, n) != (H, W)]
     if H % ph or W % pw:

@@ -142,6 +142,14 @@ def test_each_field_has_a_type(coco, change, says):
     assert says in str(error.value) and str(path) in str(error.value)
 
 
+def test_the_number_of_an_object_is_not_asked_for(coco):
+    path = coco / "annotations" / "instances_train2017.json"
+    content, (_, want, _) = json.loads(path.read_text()), read_coco(coco, "train")
+    first("annotations", id=[])(content)
+    path.write_text(json.dumps(content))
+    assert torch.equal(read_coco(coco, "train")[1], want)
+
+
 @pytest.mark.parametrize("text", ["", "[1]", "{", '{"images": ' + "[" * 100_000, "\xff\xfe"])
 def test_what_is_no_json_is_one_line(coco, text):
     path = coco / "annotations" / "instances_train2017.json"

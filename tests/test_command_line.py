@@ -20,6 +20,11 @@ from support.checkpoint import save_checkpoint
 from support.command_line import UsageError, run_main, what_ran_out
 from support.files import append_json, read_json, read_json_lines, write_atomically
 
+
+def test_a_name_with_a_line_break_leaves_a_message_whole():
+    assert str(UsageError("--data-root: a\nb.png is empty")) == "--data-root: a b.png is empty"
+
+
 # ------------------------------------------------------------------------------------------- paths
 
 @pytest.mark.parametrize("text, want", [

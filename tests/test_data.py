@@ -101,6 +101,7 @@ def test_some_images_keep_their_colours_and_some_become_grey():
     torch.testing.assert_close(grey, data.luma(x).expand(-1, 3, -1, -1), atol=1e-5, rtol=0)
     assert torch.equal(recolour(x, torch.tensor([[0.9, 0.0, 0.0, 0.0, 0.0, 0.9]])), x)
     assert recolour(x[:, :1], torch.rand(1, 6)).shape == (1, 1, 8, 8)
+    assert recolour(x[:, :1].bfloat16(), torch.rand(1, 6)).dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------------------------------- batches

@@ -80,6 +80,7 @@ def test_fit_changes_size_and_channels():
     assert fit(colour, (32, 48), 1).shape == (2, 1, 32, 48)
     wide = torch.randint(0, 256, (2, 3, 10, 30), dtype=torch.uint8)
     assert torch.equal(fit(wide, (10, 10), 3), TF.center_crop(wide, [10, 10]))
+    assert fit(wide, (100, 1), 3).shape == (2, 3, 100, 1)  # a tenth of a column is still one
 
 
 def test_transform_of_an_encoder_is_what_training_reads(photos, tmp_path):

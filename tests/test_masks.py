@@ -50,6 +50,8 @@ def test_a_pixel_belongs_to_the_patch_of_its_middle():
     assert found.flatten().tolist() == [4, 6, 6, 9]        # the middle row goes to the lower half
     smaller = count_pixels(torch.zeros(2, 2, dtype=torch.uint8), (8, 8), (4, 4), 1)
     assert smaller.sum() == 4 and smaller.max() == 1
+    narrow = count_pixels(torch.zeros(5, 5, dtype=torch.uint8), (100, 1), (4, 1), 1)
+    assert narrow.sum() == 5                               # a hundredth of a column is still one
 
 
 def test_classes_in_masks():

@@ -190,6 +190,8 @@ def test_me_max_is_its_formula():
     one = torch.zeros(6, 4)
     one[:, 2] = 1e3
     torch.testing.assert_close(me_max(one), torch.tensor(math.log(4)))   # one cluster: the most
+    one.requires_grad_()                       # where the other clusters' share is exactly 0
+    assert torch.autograd.grad(me_max(one, 1e-3), one)[0].isfinite().all()
 
 
 def test_label_loss_is_cross_entropy_and_matched_beats_shuffled():

@@ -66,6 +66,17 @@ def test_what_is_given_decides_what_is_left_open(tmp_path):
         resolved(*of_folder, "--patch-size", 7)
 
 
+@pytest.mark.parametrize("flag, value", [
+    ("--batch-size", 0), ("--accumulate", 0), ("--val-fraction", "nan"), ("--views", 0),
+    ("--seed", "9" * 400), ("--img-size", 1), ("--img-size", "1x1")])
+def test_numbers_that_can_never_be_are_one_line(tmp_path, flag, value, capsys):
+    """Also where a folder's row is computed of them."""
+    with pytest.raises((UsageError, SystemExit)) as error:
+        resolved("--data", "imagefolder", "--data-root", folder_of(tmp_path, 20), flag, value)
+    line = capsys.readouterr().err or str(error.value)
+    assert flag in line and len(line.splitlines()) == 1
+
+
 def test_images_that_are_held_out_do_not_count(tmp_path):
     root = folder_of(tmp_path, 100, classes=("a", "b"))
     config = resolved("--data", "imagefolder", "--data-root", root, "--batch-size", 45)
