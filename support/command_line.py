@@ -82,7 +82,7 @@ def run_main(main):
 # What the machine lacks: number of an OSError, and the remedy.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REMEDIES = dict.fromkeys(FULL, "make room, or write to another disk (--out); what was there before "
-                         "is whole, and the same command goes on from it")
+                         "is whole, and training goes on from it")
 REMEDIES |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit (ulimit -n 4096), or use "
                           "--workers 0")
 REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "see who may read and write it "

@@ -36,6 +36,8 @@ class Set(NamedTuple):
     channels: int
 
 
+RUN = ("config.json", "metrics.jsonl")     # what tells the folder of a run from one of images
+
 SETS = {
     "shapes": Set(size=64, patch=8, channels=3),
     "cifar10": Set(size=32, patch=4, channels=3),
@@ -218,13 +220,20 @@ def hidden(name):
     return name.startswith(".") or name in HIDDEN
 
 
+def holds_images(root):
+    """Whether a folder looks like images of one's own: some in it, or a folder `train`."""
+    root = Path(root)
+    return root.is_dir() and (part_of(root, "train") is not None or any(
+        each.suffix.lower() in suffixes() for each in root.iterdir()))
+
+
 def walk(base):
     """All entries below a folder: images, and what is left out and why.
 
-    Links to files and folders are followed. What can be reached in two ways counts once, where it
-    really lies before where a link leads to it. So links in a circle end. Hidden files and folders
-    are no images and no classes. Raises UsageError for a folder that cannot be read, and for images
-    without content."""
+    Links to files and folders are followed. A file that is reached in two ways counts once, and its
+    real place wins over a link. So links in a circle end. Hidden files and folders, and folders of
+    runs, are no images and no classes. Raises UsageError for a folder that cannot be read, and for
+    images without content."""
     base = Path(base)
     paths, folders, empty, left_out = [], [], [], {}
     real = os.path.realpath(base)
@@ -240,7 +249,9 @@ def walk(base):
 
     def take(path, real, entry):
         suffix = path.suffix.lower()
-        if entry.is_dir():
+        if entry.is_dir() and all((path / name).exists() for name in RUN):
+            leave_out("folders of runs", path)             # with pictures that the run has drawn
+        elif entry.is_dir():
             if real in visited or real in above:
                 return leave_out("links to folders that are read already", path)
             visited.add(real)
@@ -392,7 +403,8 @@ def base_folder(root, split):
     if test or val:
         return test or val
     raise UsageError(f"--data-root {root}: has neither test/<class>/* nor val/<class>/* to "
-                     "evaluate on; put some images of each class there")
+                     "evaluate on; put some images of each class there, or see --split validation, "
+                     "and for features --split train")
 
 
 # ------------------------------------------------------------------------- which images serve
@@ -499,7 +511,7 @@ def read(images, ids):
     if len(broken) > 1:
         names = [str(images.paths[i]) for i, each in zip(ids, found)
                  if isinstance(each, UsageError)]
-        raise UsageError(f"{broken[0]}; likewise {len(broken) - 1} others: "
+        raise UsageError(f"{broken[0]}; {len(broken) - 1} others cannot be used either: "
                          f"{shortened(names[1:])}")
     if broken:
         raise broken[0]

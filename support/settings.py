@@ -12,8 +12,17 @@ from pathlib import Path
 
 from mae import SIZES, count_visible, pair
 from pseudo_labels import BALANCING
-from support.command_line import UsageError, check_ranges, given_flags, numbers, option, path, size
-from support.datasets import SETS, look
+from support.command_line import (
+    UsageError,
+    check_ranges,
+    given_flags,
+    numbers,
+    option,
+    path,
+    say,
+    size,
+)
+from support.datasets import SETS, holds_images, look
 from support.devices import PRECISIONS
 from teachers import STANDARDISE, half_life
 
@@ -208,6 +217,12 @@ def resolve(argv=None):
         source = Path(config.data_root).resolve().name if data == "imagefolder" else data
         config.out = f"runs/{recipe}-{source}-{config.model}"
     check(config)
+    root = Path(config.data_root).resolve()
+    if data == "imagefolder" and Path(config.out).resolve() in (root, root / "train"):
+        raise UsageError(f"--out {config.out}: is the folder of the images; use another one")
+    if "data_root" in given and "data" not in given and holds_images(root):
+        say(f"--data-root {config.data_root} holds images, but the data set is {data}; for images "
+            "of your own add --data imagefolder")
     labelled = config.image_weight or config.patch_weight
     if (config.teachers == 1 and config.target == "tokens" and labelled
             and "reconstruction_half_life" in given):
@@ -230,8 +245,8 @@ def row_of_folder(given):
     if "img_size" in given:
         size = given["img_size"]
         patch = size_and_patch(min(pair(size)))[1]
-    batch = max(1, given.get("batch_size", min(Config.batch_size, power_of_two(images / 3))))
-    samples = batch // max(1, given.get("accumulate", 1)) * given.get("views", Config.views)
+    batch = given.get("batch_size", min(Config.batch_size, power_of_two(images / 3)))
+    samples = batch // given.get("accumulate", 1) * given.get("views", Config.views)
     steps = max(1, images // batch)                        # of an epoch
     row = dict(img_size=size, patch_size=patch, batch_size=batch,
                epochs=max(Config.epochs, math.ceil(LEAST_STEPS / steps)),

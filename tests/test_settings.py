@@ -122,3 +122,26 @@ def test_the_half_life_of_a_teacher_without_labels_can_be_set():
     config = resolved("--teachers", 1, "--image-weight", 0, "--patch-weight", 0,
                       "--reconstruction-half-life", "5%")
     assert config.reconstruction_half_life == "5%"
+
+
+def test_a_run_among_the_images_is_no_image_of_the_next(tmp_path, no_pictures, monkeypatch):
+    """`cd PHOTOS; train.py --data-root .` writes runs/ there, with pictures."""
+    root = folder_of(tmp_path, 20)
+    monkeypatch.chdir(root)
+    flags = ["--data", "imagefolder", "--data-root", ".", "--batch-size", "10", "--epochs", "1",
+             "--patch-clusters", "16", "--device", "cpu"]
+    train.main(flags)
+    [out] = (root / "runs").iterdir()
+    Image.new("RGB", (40, 30)).save(out / "curves.png")
+    train.main([*flags, "--workers", "0"])                 # goes on: the images are the same
+    with pytest.raises(UsageError, match="--out .: is the folder of the images"):
+        train.main([*flags, "--out", "."])
+
+
+def test_a_forgotten_data_flag_is_said(tmp_path, capsys):
+    root = folder_of(tmp_path, 2)
+    assert resolved("--data-root", root).data == "shapes"
+    assert "for images of your own add --data imagefolder" in capsys.readouterr().err
+    resolved("--data-root", tmp_path / "none")
+    resolved("--data", "shapes", "--data-root", root)
+    assert not capsys.readouterr().err
