@@ -111,7 +111,9 @@ def test_who_sees_which_view():
     assert torch.equal(of_other["consistency"], targets["consistency"])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [
+    name if name in settings.RECIPES else pytest.param(name, marks=pytest.mark.slow)
+    for name in VARIANTS])
 def test_step_and_augmentation_are_a_graph_each(name):
     """As --compile compiles them, but quickly. Centring starts from equal centres both times."""
     config, student, teachers, _ = setting(*VARIANTS[name])
