@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import errno
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -72,6 +73,10 @@ def run_main(main):
         if line is None:
             raise
         sys.unraisablehook = lambda _: None    # what is only half made complains when it ends
+        if hasattr(signal, "SIGCHLD"):         # where torch would complain of the end of a worker
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():   # stuck, it would be waited for
+            worker.kill()
         sys.exit(fail(line))
     except KeyboardInterrupt as stop:
         print("\ninterrupted; the same command continues a training run from its last checkpoint",

@@ -344,9 +344,12 @@ def describe(config):
 # ------------------------------------------------------------- what follows from the settings
 
 def architecture(config, channels):
-    """The arguments of `Student`: plain numbers, kept in the checkpoint."""
+    """The arguments of `Student`: plain numbers, kept in the checkpoint.
+
+    config: also that of an earlier checkpoint, which says nothing of heads."""
     target_dim = {"pixels": None, "tokens": SIZES[config.model]["embed_dim"], "none": 0}
-    heads = {"num_heads": config.num_heads or SIZES[config.model]["num_heads"]}
+    given = getattr(config, "num_heads", None)
+    heads = {"num_heads": given or SIZES[config.model]["num_heads"]}
     return dict(SIZES[config.model] | heads, img_size=config.img_size, patch_size=config.patch_size,
                 in_chans=channels, mlp_ratio=4.0, norm_pix_loss=config.norm_pix_loss,
                 target_dim=target_dim[config.target],
