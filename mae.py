@@ -182,7 +182,7 @@ class Attention(nn.Module):
         B, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(B, tokens, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)              # each B heads tokens dim/heads
-        if q.dtype == torch.bfloat16 and q.device.type == "cpu":       # there this is faster
+        if q.dtype == torch.bfloat16 and q.device.type == "cpu":   # faster there, for few tokens
             x = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v)

@@ -39,7 +39,7 @@ SUMMARY = {
     "image-labels": "`image-labels`: image pseudo labels alone",
     "mim-cluster": "`mim-cluster`: one teacher, pixels in place of tokens",
     "pl-mae-one-teacher": "`pl-mae-one-teacher`",
-    "pl-mae-one-teacher-0.3%": "the same, labels as fast as in `pl-mae`",
+    "pl-mae-one-teacher-0.3%": "the same, pseudo labels as fast as in `pl-mae`",
     "pl-mae": "`pl-mae`",
 }
 EVIDENCE = ("evidence", "photographs")                     # stages that looked at the test split
