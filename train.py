@@ -144,6 +144,7 @@ class Run:
     student: pseudo_labels.Student
     teachers: Teachers
     optimizer: torch.optim.Optimizer
+    autocast: torch.autocast                               # networks run in it
     scaler: torch.amp.GradScaler                           # of gradients; in fp16 alone
     device: torch.device
     rank: int
@@ -152,6 +153,8 @@ class Run:
     meter: dict = None                                     # sums of a log line before the stop
     signs: set = field(default_factory=set)                # of collapse, when it was last logged
     warned: set = field(default_factory=set)               # signs that were warned of
+    looked: float = field(default_factory=time.perf_counter)           # when: the last look's end
+    look_s: float = 0.0                                    # seconds that it took
 
     @property
     def total(self):
@@ -198,9 +201,10 @@ def main(argv=None):
             workers=config.workers)
 
         # A run that was cut off continues; the folder of another run is left alone.
+        autocast = torch.autocast(device.type, compute, enabled=compute is not None)
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         run = Run(config, images, train_ids, val_ids, mean, std, student, teachers, optimizer,
-                  scaler, device, rank, batches.steps_per_epoch)
+                  autocast, scaler, device, rank, batches.steps_per_epoch)
         checkpoint.resume(run)
         report.announce(run, world)
 
@@ -208,15 +212,14 @@ def main(argv=None):
         if run.start == 0:
             report.evaluate_and_save(run, 0)
         with life.Watch(config.save_minutes, rank) as watch:
-            autocast = torch.autocast(device.type, compute, enabled=compute is not None)
-            train(run, batches, autocast, watch)
+            train(run, batches, watch)
     if world > 1:
         distributed.barrier()
         distributed.destroy_process_group()
     report.conclude(run)
 
 
-def train(run, batches, autocast, watch):
+def train(run, batches, watch):
     """The loop over optimiser steps."""
     config, student, teachers, total = run.config, run.student, run.teachers, run.total
     half_lives = {"labelling": config.labelling_half_life,
@@ -236,7 +239,7 @@ def train(run, batches, autocast, watch):
             meter.waited += time.perf_counter() - asked
             last = micro == config.accumulate - 1          # ranks exchange gradients once a step
             with nullcontext() if last or world_size() == 1 else called.no_sync():
-                with autocast:
+                with run.autocast:
                     loss, terms, labels, targets = one_step(called, teachers, views, config)
                 run.scaler.scale(loss / config.accumulate).backward()
             meter.add(loss, terms, labels, config.accumulate)
