@@ -277,7 +277,7 @@ def prepare(run, batches):
     called, one_step = run.student, training_step
     if world_size() > 1:
         gpu = [run.device.index] if run.device.type == "cuda" else None
-        called = DistributedDataParallel(called, device_ids=gpu)
+        called = DistributedDataParallel(called, device_ids=gpu, gradient_as_bucket_view=True)
     if run.config.compile:                                 # every step has the same shapes
         one_step = torch.compile(training_step, fullgraph=True, dynamic=False)
         batches.augment = torch.compile(batches.augment, fullgraph=True, dynamic=False)

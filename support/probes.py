@@ -118,33 +118,34 @@ def linear(x, y, test_x, classes, rates=LINEAR_RATES, epochs=90, batch=1024, see
     MAE's protocol: BatchNorm without affine, then a linear layer; momentum 0.9, no weight decay,
     cosine, 90 epochs. SGD in place of LARS, as batches are small. The rate is for the whole
     batch."""
-    g = torch.Generator().manual_seed(seed)
+    g, R = torch.Generator().manual_seed(seed), len(rates)
     norm = nn.BatchNorm1d(x.shape[1], affine=False, device=x.device)
-    heads = [nn.Linear(x.shape[1], classes, device=x.device) for _ in rates]
-    for head in heads:
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-    groups = [dict(params=head.parameters(), lr=rate) for head, rate in zip(heads, rates)]
-    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    heads = nn.Linear(x.shape[1], R * classes, device=x.device)        # all of them in one product
+    nn.init.zeros_(heads.weight)
+    nn.init.zeros_(heads.bias)
+    # Without weight decay a step goes by rate times gradient: so each gradient has its rate.
+    rate = torch.tensor(rates, device=x.device).repeat_interleave(classes)             # R classes
+    optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
     batch = min(batch, len(x))
     steps = len(x) // batch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     for _ in range(epochs):
         order = torch.randperm(len(x), generator=g)
         for ids in order[:steps * batch].view(-1, batch).to(x.device):
-            inputs = norm(x[ids])
-            # no weight is shared, so each head gets its own gradient
-            loss = sum(F.cross_entropy(head(inputs), y[ids]) for head in heads)
+            logits = heads(norm(x[ids])).view(-1, classes)                     # (batch R) classes
+            loss = R * F.cross_entropy(logits, y[ids].repeat_interleave(R, dim=0))
             optimizer.zero_grad()
             loss.backward()
+            heads.weight.grad *= rate[:, None]
+            heads.bias.grad *= rate
             optimizer.step()
             schedule.step()
     norm.eval()
     predictions = []
     with torch.no_grad():
         for part in test_x.split(100_000):                 # there may be many patches
-            inputs = norm(part.to(x.device))
-            predictions.append(torch.stack([head(inputs).argmax(1) for head in heads]))
+            logits = heads(norm(part.to(x.device))).unflatten(1, (R, classes))
+            predictions.append(logits.argmax(-1).T)                                # R m
     return torch.cat(predictions, dim=1)
 
 
