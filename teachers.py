@@ -84,7 +84,8 @@ class Teacher(nn.Module):
     def follow(self, student, m):
         """Every parameter: T <- m T + (1 - m) student. 0 copies the student, 1 stands still."""
         averages, weights = [], []
-        for own, theirs in ((self.encoder, student.mae.encoder), (self.decoder, student.mae.decoder),
+        for own, theirs in ((self.encoder, student.mae.encoder),
+                            (self.decoder, student.mae.decoder),
                             (self.image_head, student.image_head),
                             (self.patch_head, student.patch_head)):
             if own is not None:                            # copies: parameters in the same order

@@ -179,7 +179,7 @@ def main(argv=None):
         config.precision = (checkpoint.precision_before(config.out)
                             or devices.best_precision(device))
     dtype, compute = devices.choose_precision(config.precision, device)
-    images, train_ids, val_ids = load_training_images(config, rank, world)
+    images, train_ids, val_ids = load_training_images(config, rank, world, device)
     mean, std = datasets.mean_std(images)
 
     with devices.memory_errors_in_one_line(device, f"--batch-size {config.batch_size}", (
@@ -284,7 +284,7 @@ def prepare(run, batches):
     return called, one_step
 
 
-def load_training_images(config, rank, world):
+def load_training_images(config, rank, world, device):
     """Images, ids to train on, ids held out. Raises UsageError for a batch that cannot be."""
     if config.batch_size % (world * config.accumulate):
         raise UsageError(f"--batch-size {config.batch_size}: must be a multiple of processes x "
@@ -292,9 +292,11 @@ def load_training_images(config, rank, world):
     if rank > 0:                           # rank 0 goes first: what it downloads the others find
         distributed.barrier()
     images = datasets.load_images(config.data, config.data_root, "train", config.img_size, None,
-                                  config.resident_gb)
+                                  config.resident_gb if rank == 0 else 0)
     if rank == 0 and world > 1:
         distributed.barrier()
+    if world > 1:                          # rank 0 alone decodes files
+        datasets.share(images, config.resident_gb, device)
     train_ids, val_ids = datasets.held_out(images, config.val_fraction)
     if config.batch_size > len(train_ids):
         fewer = max(2, len(train_ids) * config.views // 4)

@@ -3,6 +3,7 @@ after another: by test_step.py in its own process, and by torchrun in two.
 
     python all_recipes.py OUT FLAG ..."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from conftest import TOY_SIZE  # noqa: E402
 
 import train  # noqa: E402
 from mae import SIZES  # noqa: E402
-from support import report, settings  # noqa: E402
+from support import datasets, report, settings  # noqa: E402
 
 VARIANTS = {recipe: ["--recipe", recipe] for recipe in settings.RECIPES} | {
     "centring": ["--balancing", "centring", "--standardise", "position", "--labelled-patches",
@@ -38,6 +39,8 @@ def in_two_processes(out, *flags):
     for name in ("curves", "draw_rows", "clusters"):
         setattr(report, name, lambda *args: None)
     VARIANTS["mae"] += ["--accumulate", "2"]
+    if os.environ["RANK"] != "0":
+        datasets.decode = None             # a folder is decoded once, not once a rank
     start, end = distributed.init_process_group, distributed.destroy_process_group
 
     def start_once(*args, **kwargs):
