@@ -100,7 +100,8 @@ def crop_flip(x, boxes, flip, out):
     rows = resize_matrix(top, height, x.shape[2], out[0]).to(x.dtype)          # B h H
     columns = resize_matrix(left, width, x.shape[3], out[1]).to(x.dtype)       # B w W
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    return (rows[:, None] @ x @ columns[:, None].transpose(2, 3)).clamp(0, 1)  # B C h w
+    with torch.autocast(x.device.type, enabled=False):     # pixels are never in bf16
+        return (rows[:, None] @ x @ columns[:, None].transpose(2, 3)).clamp(0, 1)      # B C h w
 
 
 # Grey of red, green, blue (ITU-R BT.601, with torchvision's digits).
@@ -152,7 +153,8 @@ def recolour(x, u, strength=1.0):
     entries = [LUMA[b] + kept * ((a == b) - LUMA[b]) + turned * QUARTER_TURN[a][b]
                for a in range(3) for b in range(3)]                            # 9 x B
     matrix = torch.stack(entries, dim=1).unflatten(1, (3, 3))                  # B 3 3
-    return (matrix @ x.flatten(2)).unflatten(2, x.shape[2:]).clamp(0, 1)
+    with torch.autocast(x.device.type, enabled=False):     # pixels are never in bf16
+        return (matrix @ x.flatten(2)).unflatten(2, x.shape[2:]).clamp(0, 1)
 
 
 # --------------------------------------------------------------------------------------- batches
@@ -251,9 +253,7 @@ class Batches:
                     x = self.pixels[part["ids"]][:, None]              # n 1 C H W
                 else:
                     x = files[first:first + n]                         # n views C H W
-                with torch.autocast(self.device.type, enabled=False):  # crops and colours in full
-                    views = self.augment(part, x)                      # also while one looks
-                yield views
+                yield self.augment(part, x)
 
     def stream(self, steps):
         """The numbers of each step, and with them the crops that workers cut ahead by these:

@@ -404,3 +404,10 @@ def test_crops_of_a_decoded_image_are_those_of_pillow(photos):
             cut = image.crop((left, top, left + width, top + height)).resize(
                 (16, 16), Image.Resampling.BICUBIC)
             assert (crop.int() - TF.pil_to_tensor(cut).int()).abs().max() <= 2
+
+
+def test_pixels_are_in_full_precision_also_under_autocast():
+    images, settings = toy(), dict(views=2, colours=1.0)
+    plain = first(images, **settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(first(images, **settings).student, plain.student)
