@@ -1,7 +1,7 @@
 """Exercises that mark themselves: write a function of the method again, until its tests pass.
 
     python -m extras.exercise             # lists them
-    python -m extras.exercise sinkhorn    # writes a copy of the project to the folder exercise
+    python -m extras.exercise sinkhorn    # writes a copy of the project to exercise/sinkhorn
 
 In the copy the body of the function is gone. Its name, its arguments and its docstring are still
 there, and say what it has to do. The tests named on the screen fail, and pass when it is written.
@@ -88,17 +88,18 @@ def command(name):
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("name", nargs="?", choices=EXERCISES)
-    parser.add_argument("--out", default="exercise", type=path, metavar="DIR",
-                        help="folder of the copy (default: exercise)")
+    parser.add_argument("--out", type=path, metavar="DIR",
+                        help="folder of the copy (default: exercise/NAME)")
     options = parser.parse_args(argv)
     if options.name is None:
         for name, exercise in EXERCISES.items():
             print(f"{name:18}{exercise.file:18}{exercise.what}")
         return
-    write_exercise(options.name, options.out)
+    out = options.out or f"exercise/{options.name}"
+    write_exercise(options.name, out)
     file = EXERCISES[options.name].file
-    print(f"Write the body of {options.name} in {options.out}/{file}. It is right when this passes:"
-          f"\n\n    cd {options.out} && python -m pytest -q {' '.join(command(options.name))}\n")
+    print(f"Write the body of {options.name} in {out}/{file}. It is right when this passes:"
+          f"\n\n    cd {out} && python -m pytest -q {' '.join(command(options.name))}\n")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,16 @@ def test_only_the_body_is_gone(name):
     assert body.strip() and "def " not in body.replace("def closure", "")
 
 
+def test_two_can_be_open_at_once(tmp_path, monkeypatch, capsys):
+    """Each has a folder of its own name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("koleo", "momentum"):
+        exercise.main([name])
+        assert f"cd exercise/{name} &&" in capsys.readouterr().out
+        file = tmp_path / "exercise" / name / exercise.EXERCISES[name].file
+        assert exercise.BODY in file.read_text()
+
+
 def test_what_was_written_is_not_lost(tmp_path):
     (tmp_path / "copy").mkdir()
     with pytest.raises(UsageError, match="is there already"):
