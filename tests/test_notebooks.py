@@ -1,14 +1,17 @@
-"""Notebooks: each runs from top to bottom, says nothing on stderr, and comes with its outputs."""
+"""Notebooks: each runs from top to bottom, says nothing on stderr, and comes with its outputs. It
+asks before each figure and answers after it, folded."""
 
 import json
 import re
 import sys
+from dataclasses import fields
 
 import pytest
 from conftest import ROOT
 
 from support import settings
 from support.checkpoint import load_checkpoint
+from support.health import signs_of_collapse
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
@@ -28,19 +31,41 @@ def test_there_are_six():
 
 
 @pytest.mark.parametrize("file, run", [
-    ("mae", "mae"), ("pl-mae", "pl-mae"), ("pl-mae-half-way", "pl-mae"),
-    ("pl-mae-same-colours", "same-colours")])
-def test_models_are_of_the_present_defaults(file, run):
+    ("mae", "mae"), ("pl-mae", "pl-mae"), ("pl-mae-same-colours", "same-colours"),
+    ("your-images", "your-images")])
+def test_models_are_of_the_present_defaults(file, run, tmp_path):
     """Otherwise `python notebooks/make_checkpoints.py` and the notebooks have to be run again."""
-    from make_checkpoints import RUNS
+    from make_checkpoints import RUNS, draw_pictures
     kept = load_checkpoint(FOLDER / f"{file}.pt")["config"]
-    now = vars(settings.resolve(RUNS[run]))
+    if run == "your-images":
+        draw_pictures(tmp_path)
+    now = vars(settings.resolve([*RUNS[run], "--data-root", str(tmp_path)]))
     for name in now:
         assert name in settings.FREE or now[name] == kept.get(name), name
 
 
 def test_models_take_less_than_six_megabytes():
     assert sum(path.stat().st_size for path in FOLDER.glob("*.pt")) < 6e6
+
+
+def log(name):
+    """The lines of a history that come after a training step."""
+    lines = [json.loads(line) for line in
+             (FOLDER / f"history-{name}.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["step"]]
+
+
+def test_one_log_is_healthy_and_one_is_sick():
+    """By what docs/guide.md says of them; both are whole runs."""
+    healthy, sick = log("healthy"), log("sick")
+    assert [line["step"] for line in healthy] == [line["step"] for line in sick]
+    assert not signs_of_collapse(healthy[-1]) and signs_of_collapse(sick[-1])
+    last = healthy[-1]
+    assert last["image"] < 0.8 * last["image_ln_k"] and last["patch"] < 0.8 * last["patch_ln_k"]
+    assert last["rec"] < last["rec_constant"]
+    assert last["image_two_views"] > 3 * last["image_two_views_chance"]
+    assert last["knn_class"] > sick[-1]["knn_class"]
+    assert sick[-1]["image"] < last["image"]               # the loss alone deceives
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -68,6 +93,36 @@ def test_says_what_it_shows_and_how_long_it_takes(name):
     assert (FOLDER / "solutions" / f"{name}.md").is_file()
     for target in re.findall(r"\]\(([^)#]+)\)", "\n".join(text)):
         assert (FOLDER / target).exists(), target
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_asks_before_a_figure_and_answers_after_it(name):
+    """The answer is folded, so that a class can bet: never above its figure, nor in its cell."""
+    content = json.loads((FOLDER / f"{name}.ipynb").read_text())["cells"]
+    figures = [i for i, cell in enumerate(content) if any(
+        "image/png" in output.get("data", {}) for output in cell.get("outputs", []))]
+    for i in figures:
+        before, after = ("".join(content[j]["source"]) for j in (i - 1, i + 1))
+        question = before.rpartition("</details>")[2]
+        assert "?" in question, question
+        assert after.startswith("<details><summary>Answer</summary>\n\n"), after
+        answer, end, _ = after.partition("\n\n</details>")
+        assert end and len(answer) > 60, after
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_size(name):
+    assert (FOLDER / f"{name}.ipynb").stat().st_size < 2e6
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_names_no_setting_that_is_gone(name):
+    """Where a run prints its settings, they are the present ones."""
+    for source, outputs in cells(name, "code"):
+        for output in outputs:
+            text = "".join(output.get("text", ""))
+            printed = re.findall(r"(?:^|  )(\w+)=", text, re.MULTILINE) if "recipe=" in text else []
+            assert not printed or printed == [each.name for each in fields(settings.Config)]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
