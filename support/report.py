@@ -104,7 +104,7 @@ def start_meter(run):
 def describe_targets(targets, config):
     """What a prediction of the token targets would lose that does not look at the image, and how
     much of their variance lies between images."""
-    if config.target != "tokens":
+    if config.target != "tokens" or "rec" not in targets:  # sdae: not of all patches
         return {}
     constant, share = between_images(targets["rec"])
     found = {"rec_constant": constant.item()}
