@@ -37,7 +37,7 @@ from support.settings import FREE, architecture
 from teachers import make_teachers
 
 NAME, PREVIOUS = "checkpoint.pt", "previous.pt"
-RELATIVES = ("sdae",)                      # recipes, each a file in extras/relatives
+RELATIVES = ("sdae", "cae", "mixedae", "greenmim")         # each a file in extras/relatives
 
 
 def new_student(arch, recipe):

@@ -371,4 +371,7 @@ def signs_of_collapse(record):
     if record.get("rec_between", 1) < 0.05:
         signs.add("the token targets hardly differ between images: they can be predicted without "
                   "looking")
+    if record.get("align_variance", 1) < 0.05:             # of a new network more than twice that
+        signs.add("the tokens to be predicted hardly differ, so that their variance falls with the "
+                  "alignment: the encoder makes all alike; try a lower --align-weight")
     return signs

@@ -27,6 +27,8 @@ LOSSES = {
     "image": ("image pseudo labels", "image_ln_k", "ln K (image)"),
     "patch": ("patch pseudo labels", "patch_ln_k", "ln K (patch)"),
     "consistency": ("consistency", None, None),
+    "align": ("alignment", "align_variance", "variance of its target"),
+    "contrast": ("contrast", "contrast_alike", "ln(N - 1)"),
 }
 LABELS = ("image", "patch")
 

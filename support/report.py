@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from data import generator
+from mae import VisionTransformer
 from support import checkpoint
 from support.datasets import part_of
 from support.devices import best_precision, peak_memory
@@ -146,6 +147,11 @@ def line(record):
             parts.append(beside(record, name, f"{name}_ln_k", "ln K"))
     if "koleo" in record:
         parts.append(f"koleo {record['koleo']:.3f}")
+    if "align" in record:                                  # cae
+        parts.append(beside(record, "align", "align_variance", "variance"))
+    if "contrast" in record:                               # mixedae
+        parts.append(beside(record, "contrast", "contrast_alike", "alike"))
+        parts.append(f"(apart {record['contrast_apart']:.2f})")
     parts.append(f"{record['images_per_s']:.0f} images/s")
     if "peak_memory_gb" in record:
         parts.append(f"peak {record['peak_memory_gb']:.1f} GB")
@@ -370,7 +376,9 @@ def draw_evaluated(evaluated, n=8, nearest=6):
     if len(few) > 1:
         draw_components(*first_components(shown_x[few]), images.y[shown[few]], images.classes,
                         title, evaluated.output_path("components", ".png"))
-    if token != "pixels":
+    if token != "pixels" and not isinstance(evaluated.encoder, VisionTransformer):
+        print(f"{evaluated.name}: no attention.png, as it has no class token", file=sys.stderr)
+    elif token != "pixels":
         imgs = standardised(images, shown[chosen], *mean_std)
         maps = class_attention(evaluated.encoder, imgs.to(evaluated.device)).cpu()     # n heads N
         rows = {"image": to_pictures(imgs, *mean_std)}

@@ -189,6 +189,7 @@ def export(encoder, info, folder):
     config.json, preprocessor_config.json, model.safetensors (where that package is installed, else
                      pytorch_model.bin)     a ViTModel of Hugging Face, and how it wants images
     load.py          the lines"""
+    require_plain(encoder, "export")
     folder = Path(folder)
     make_folder(folder, "--out")
     (H, W), (ph, pw), channels, D, depth, heads, hidden = sizes(encoder).values()
@@ -298,9 +299,19 @@ def load_network(path, network=None, img_size=None, **assumed):
     return encoder, info
 
 
+def require_plain(encoder, what):
+    """Raises UsageError for an encoder that is no VisionTransformer: GreenMIM's."""
+    if not isinstance(encoder, VisionTransformer):
+        raise UsageError(f"{what}: only plain vision transformers can do that; use the checkpoint "
+                         "of another recipe")
+
+
 def resize_positions(encoder, img_size):
     """Make the encoder take images of another size, an int or (H, W), in place. Between the places
     it knows, the codes of places are interpolated (bicubic, as in MAE's fine-tuning)."""
+    if pair(img_size) == tuple(encoder.img_size):
+        return
+    require_plain(encoder, f"--img-size {img_size}")
     (H, W), (ph, pw) = pair(img_size), encoder.patch_size
     if H % ph or W % pw:
         raise UsageError(f"--img-size {H}x{W}: its patches of {ph}x{pw} do not divide it; use "

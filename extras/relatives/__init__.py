@@ -8,16 +8,25 @@
     training_step      as in train.py, and called by the same loop
 """
 
+from mae import masked_mse, pixel_target
+from pseudo_labels import full_precision
 from support.command_line import UsageError, flag
 
 # What a row says of these is the method; what else it says may be overruled by flags.
-FIXED = ("target", "views", "image_weight", "patch_weight", "consistency_weight")
+FIXED = ("target", "views", "image_weight", "patch_weight", "consistency_weight", "compile")
 SHARED = dict(image_weight=0.0, patch_weight=0.0, consistency_weight=0.0, views=1, colours=0.0)
 
 
 def check_fixed(config, row):
     """Raises UsageError for flags that would make another method of it."""
     for name in FIXED:
-        if getattr(config, name) != row[name]:
+        if name in row and getattr(config, name) != row[name]:
             raise UsageError(f"{flag(name)} {getattr(config, name)}: in {config.recipe} it is "
                              f"{row[name]}; leave it out")
+
+
+def pixel_loss(out, views, config):
+    """MAE's loss of what a student predicts (out["pred"] B N P, out["mask"] B N): a number."""
+    pixels = pixel_target(views.student, config.patch_size, config.norm_pix_loss)        # B N P
+    with full_precision(pixels):
+        return masked_mse(out["pred"], pixels, out["mask"])
