@@ -90,26 +90,26 @@ class Student(pseudo_labels.Student):
         owner X N; attention_own: the share of the own image in what the last block keeps."""
         encoder, B, N = self.mae.encoder, *noise.shape
         V = mae.count_visible(N, mask_ratio)
-        G = N // V                                         # views that share the places
-        wrapped = torch.arange(-(-B // G) * G, device=imgs.device) % B     # for pictures of a few
+        G, device = N // V, imgs.device
+        wrapped = torch.arange(-(-B // G) * G, device=device) % B          # for pictures of a few
         # The noise of the first view: its least V patches are that view's, the next V view 1's, ...
         rank = noise[wrapped[::G]].argsort(1).argsort(1)[:, None]                        # X 1 N
         owner = rank[:, 0] // V                                                            # X N
         # ... for which they are shifted to be the least: MAE's masks, complementary in a mix.
-        shifted = (rank - V * torch.arange(G, device=imgs.device)[:, None]) % N          # X G N
+        shifted = (rank - V * torch.arange(G, device=device)[:, None]) % N               # X G N
         ids_keep, mask, ids_restore = mae.random_masking(
             shifted.flatten(0, 1).to(noise.dtype), mask_ratio)                             # B N
-
         x = (encoder.patch_embed(imgs) + encoder.pos_embed[:, 1:])[wrapped].unflatten(0, (-1, G))
         if self.segment_code:
             x = x + mae.sincos_positions(x.shape[-1], (1, G))[0, 1:, None].to(x)         # G 1 D
         x = x.take_along_dim(owner[:, None, :, None], 1)[:, 0]                             # X N D
-        x = torch.cat([encoder.cls_token.expand(len(x), -1, -1), x], dim=1)              # X 1+N D
+        cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls, x], dim=1)                                                   # X 1+N D
         for block in encoder.blocks:
             added, allowed = mixed_attention(block.attn, block.norm1(x), V)
             x = x + added + block.mlp(block.norm2(x + added))
         x = encoder.norm(x)
-        own = mae.gather_tokens(x[:, 1:].repeat_interleave(G, 0), ids_keep)                  # B V D
+        own = mae.gather_tokens(x[:, 1:].repeat_interleave(G, 0), ids_keep)              # B V D
         latent = torch.cat([x[:, :1].repeat_interleave(G, 0), own], dim=1)               # B 1+V D
         pred = self.mae.decoder.pred(self.mae.forward_decoder(latent, ids_restore))
         same, kept = (owner[:, None] == owner[..., None])[:, None], allowed[..., 1:, 1:]
@@ -120,11 +120,11 @@ class Student(pseudo_labels.Student):
 def contrast(tokens, owner, temperature):
     """For each patch, the mean over the others of its image of -log softmax of their cosine, among
     all other patches. tokens X N D, owner X N -> a number."""
-    same, itself = owner[:, None] == owner[..., None], torch.eye(owner.shape[1]).to(owner) == 1
+    itself = torch.eye(owner.shape[1], device=owner.device) == 1                           # N N
     with pseudo_labels.full_precision(tokens):
         unit = F.normalize(mae.at_least_fp32(tokens), dim=-1)
         cosine = (unit @ unit.mT / temperature).masked_fill(itself, -math.inf)           # X N N
-    positive = same & ~itself
+    positive = (owner[:, None] == owner[..., None]) & ~itself                            # X N N
     return -cosine.log_softmax(-1).masked_fill(~positive, 0).sum() / positive.sum()
 
 
