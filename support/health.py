@@ -268,6 +268,28 @@ def agreements(labels, teacher, config, images, ids, mean, std, device):
     return found
 
 
+def purest_and_least_pure(name, cluster, images, ids, grid, each=3, least=8):
+    """{cluster: "cluster 10: 86% lattice"}, the share of its commonest class: the purest clusters
+    of `least` samples or more, and the least pure ones; {} where nothing tells true classes apart.
+
+    Of the pseudo labels `name` of the images at ids, cluster n or n N. The class of a patch is that
+    of most of its pixels; where that is mostly ground (0), a cluster is left out."""
+    if name == "image" and len(images.classes) > 1 and (images.y[ids] >= 0).all():
+        of, names = images.y[ids], images.classes
+    elif name == "patch" and "masks" in images.targets:
+        masks = masks_of(images, ids[:len(cluster)])
+        of = pixels_of_classes(masks, images.size, grid, classes_in(masks)).argmax(-1)
+        names = [None, *images.classes]
+    else:
+        return {}
+    counts = table(cluster.flatten(), of.flatten())                                # clusters x C
+    rows = [(of_it.max() / of_it.sum(), number, names[of_it.argmax()])
+            for number, of_it in enumerate(counts) if of_it.sum() >= least]
+    rows = sorted((row for row in rows if row[2] is not None), reverse=True)
+    shown = rows[:each] + rows[max(each, len(rows) - each):]
+    return {number: f"cluster {number}: {share:.0%} {of_it}" for share, number, of_it in shown}
+
+
 def beside_chance(name, agreement, cluster, other):
     """The agreement of two labellings, and what is left of it when one of them is shuffled."""
     cluster, other = cluster.flatten(), other.flatten()

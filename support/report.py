@@ -26,6 +26,7 @@ from support.health import (
     count_labels,
     health,
     monitor,
+    purest_and_least_pure,
     reconstruct,
     signs_of_collapse,
 )
@@ -225,7 +226,9 @@ def evaluate_and_save(run, step):
                                subset(shown_ids, 200), noise, mean, std, run.device)
             draw_rows(rows, run.out / "reconstructions.png")
         if teacher is not None:
-            shown = {name: (each.cluster, each.cosine) for name, each in labels.items()}
+            shown = {name: (each.cluster, each.cosine, purest_and_least_pure(
+                name, each.cluster, run.images, labelled_ids, encoder.grid))
+                for name, each in labels.items()}
             pictures = to_pictures(standardised(run.images, labelled_ids, mean, std), mean, std)
             clusters(shown, pictures, encoder.grid, run.out / "clusters.png")
     before, run.looked = run.looked, time.perf_counter()
@@ -273,10 +276,12 @@ def conclude(run):
                 f"{first['knn_class']:.1%} and {last['knn_class']:.1%}, mean token "
                 f"{first['knn_mean']:.1%} and {last['knn_mean']:.1%}")
     root = Path(run.config.data_root)
-    can_test = (run.images.y >= 0).any() and len(run.images.classes) > 1 and (
-        run.config.data != "imagefolder" or part_of(root, "test") or part_of(root, "val"))
-    following = f"; next: python eval.py linear --checkpoint {path}" if can_test else ""
-    run.say(f"done: {path} and its pictures{following}")
+    following = "linear"
+    if run.config.data == "imagefolder" and not (part_of(root, "test") or part_of(root, "val")):
+        following = "linear --split validation"
+    if not len(run.val_ids) or len(run.images.classes) < 2:
+        following = "features --split train --pictures"    # neighbours, which ask for no class
+    run.say(f"done: {path} and its pictures; next: python eval.py {following} --checkpoint {path}")
 
 
 # ------------------------------------------------------------------------- what eval.py found
