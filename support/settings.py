@@ -182,7 +182,7 @@ class Config:
     workers: int = option(
         None, "processes that decode images, where the data set streams from the disk (default: "
         "the cores of the machine, shared out among the processes of the run, 16 at most)",
-        range=POSITIVE)
+        range=(0, 256))
     resident_gb: float = option(
         4.0, "a data set up to this size is kept in memory, shrunk to --img-size before it is "
         "cropped; larger ones stream, cropped from the files at full size", range=POSITIVE)
