@@ -1,7 +1,7 @@
 """What a training step takes on a GPU, found without one: bytes at its peak, and FLOPs.
 
-The step is played with tensors that have shapes and types but no numbers (PyTorch's FakeTensorMode).
-They take no memory and no time. What is made and freed is counted as the step goes on.
+The step is played with tensors that have shapes and types but no numbers: they take no memory, and
+next to no time (PyTorch's FakeTensorMode). What is made and freed is counted as the step goes on.
 
 They play on the CPU, since backward on a GPU that is not there is refused. Two things are then put
 as they are on GPUs: attention keeps no table of tokens x tokens, and bf16 is used all the same.
