@@ -61,7 +61,6 @@ class MAEOfTimm(nn.Module):
             block(d, size["decoder_num_heads"]) for _ in range(size["decoder_depth"])])
         self.norm, self.decoder_norm, self.decoder_embed = norm(D), norm(d), nn.Linear(D, d)
         self.decoder_pred = nn.Linear(d, channels * config.patch_size ** 2)
-        self.apply(mae.init_weights)
 
     def forward(self, imgs, noise):
         x = self.patch_embed(imgs) + self.pos_embed[:, 1:]                               # B N D
