@@ -306,10 +306,12 @@ def limit(options):
         for name in times]
 
 
-def needed(peak):
-    """Bytes at the peak -> GB of the card: a tenth more, for gaps and what operations take while
-    they run, and 0.6 GB for CUDA itself. A rule of thumb."""
-    return 1.1 * peak / 1e9 + 0.6
+def card(peak):
+    """Bytes at the peak -> GB of the smallest card that they fit, infinite if there is none.
+
+    A tenth is added, for gaps and what operations take while they run, and 0.6 GB, for CUDA itself:
+    a rule of thumb."""
+    return min(gb for gb in (*CARDS, math.inf) if gb >= 1.1 * peak / 1e9 + 0.6)
 
 
 def memory(options):
@@ -320,18 +322,18 @@ def memory(options):
     if config.precision == "auto":
         config.precision = "bf16"
     peak, flops = play_step(config, options.images)
-    fits = [card for card in CARDS if card >= needed(peak)]
-    smaller = [card for card in CARDS if card < needed(peak)]
-    advice = f"fits a card of {fits[0]} GB" if fits else f"too much for {smaller[-1]} GB"
+    fits = card(peak)
+    advice = f"too much for {CARDS[-1]} GB" if fits == math.inf else f"fits a card of {fits} GB"
     less = config
-    while smaller and less.batch_size % (2 * less.accumulate) == 0:
+    while fits > CARDS[0] and less.batch_size % (2 * less.accumulate) == 0:
         less = dataclasses.replace(less, accumulate=2 * less.accumulate)
         try:
             settings.check(less)
         except UsageError:                                 # fewer samples than clusters
             break
-        if needed(play_step(less, options.images)[0]) <= smaller[-1]:
-            advice += f"; on {smaller[-1]} GB use --accumulate {less.accumulate}"
+        smaller = card(play_step(less, options.images)[0])
+        if smaller < fits:
+            advice += f"; on {smaller} GB use --accumulate {less.accumulate}"
             break
     return config, torch.device("cpu"), [
         {"what": f"step of {config.recipe}", "peak_gb": round(peak / 1e9, 2),
