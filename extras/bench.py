@@ -66,7 +66,7 @@ def resolve(flags):
 def set_up(config, device, images=0):
     """What train.main makes of the settings: train.Run, Batches. The images are noise, kept in
     memory, as many as a batch has or more."""
-    dtype, _ = devices.choose_precision(config.precision, device)
+    dtype, compute = devices.choose_precision(config.precision, device)
     size, channels = mae.pair(config.img_size), SETS[config.data].channels
     n, mean, std = max(images, config.batch_size), [0.5] * channels, [0.25] * channels
     student = training.build(config, channels).to(device, dtype)       # sets the seed
@@ -78,9 +78,10 @@ def set_up(config, device, images=0):
                       views=config.views, smallest=config.crop, colours=config.colours,
                       teacher_view=config.teacher_view, accumulate=config.accumulate,
                       device=device, dtype=dtype)
+    autocast = torch.autocast(device.type, compute, enabled=compute is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     return training.Run(config, noise, ids, ids, mean, std, student, make_teachers(student, config),
-                        optimizer, scaler, device, 0, batches.steps_per_epoch), batches
+                        optimizer, autocast, scaler, device, 0, batches.steps_per_epoch), batches
 
 
 def make_step(run, batches):
@@ -88,7 +89,6 @@ def make_step(run, batches):
 
     It takes a function, name of a part -> context, to enter around each part."""
     config = run.config
-    _, compute = devices.choose_precision(config.precision, run.device)
     called, one_step = training.prepare(run, batches)
     stream = batches.run(0, sys.maxsize)
 
@@ -97,7 +97,7 @@ def make_step(run, batches):
             loss = views = others = None                   # free the memory of those before
             with part("data"):
                 views = next(stream)
-            with torch.autocast(run.device.type, compute, enabled=compute is not None):
+            with run.autocast:
                 loss, *others = one_step(called, run.teachers, views, config)
             with part("backward"):
                 run.scaler.scale(loss / config.accumulate).backward()

@@ -43,7 +43,7 @@ def hugging_face(config, channels):
 
 
 class MAEOfTimm(nn.Module):
-    """The official MAE (models_mae.py of facebookresearch/mae), of the blocks of today's timm."""
+    """MAE of timm's blocks, with the names that its parameters have in official files."""
 
     def __init__(self, config, channels):
         from timm.layers import PatchEmbed

@@ -76,7 +76,7 @@ def test_a_step_is_that_of_the_loop(tmp_path, monkeypatch):
     for name in ("log", "evaluate_and_save"):
         monkeypatch.setattr(report, name, lambda *args: None)
     quiet = Namespace(told=lambda saved: False, end_if_signalled=lambda *args: None)
-    train.train(other, batches, torch.autocast("cpu", enabled=False), quiet)
+    train.train(other, batches, quiet)
     for a, b in ((run.student, other.student), (run.teachers.labelling, other.teachers.labelling)):
         for x, y in zip(a.parameters(), b.parameters()):
             assert torch.equal(x, y)
