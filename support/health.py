@@ -269,8 +269,9 @@ def agreements(labels, teacher, config, images, ids, mean, std, device):
 
 
 def purest_and_least_pure(name, cluster, images, ids, grid, each=3, least=8):
-    """{cluster: "cluster 10: 86% lattice"}, the share of its commonest class: the purest clusters
-    of `least` samples or more, and the least pure ones; {} where nothing tells true classes apart.
+    """{cluster: "cluster 10: 86% lattice"}, the share of its commonest class: the purest clusters,
+    and the least pure ones, of those that `least` images share; {} where nothing tells true classes
+    apart.
 
     Of the pseudo labels `name` of the images at ids, cluster n or n N. The class of a patch is that
     of most of its pixels; where that is mostly ground (0), a cluster is left out."""
@@ -284,7 +285,8 @@ def purest_and_least_pure(name, cluster, images, ids, grid, each=3, least=8):
         return {}
     counts = table(cluster.flatten(), of.flatten())                                # clusters x C
     rows = [(of_it.max() / of_it.sum(), number, names[of_it.argmax()])
-            for number, of_it in enumerate(counts) if of_it.sum() >= least]
+            for number, of_it in enumerate(counts)
+            if (cluster == number).view(len(cluster), -1).any(1).sum() >= least]
     rows = sorted((row for row in rows if row[2] is not None), reverse=True)
     shown = rows[:each] + rows[max(each, len(rows) - each):]
     return {number: f"cluster {number}: {share:.0%} {of_it}" for share, number, of_it in shown}
