@@ -15,7 +15,9 @@ Letters:  B views in a micro-batch of one process (views x images, first views b
 
 import math
 import signal
+from collections import deque
 from dataclasses import KW_ONLY, dataclass
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -98,7 +100,8 @@ def crop_flip(x, boxes, flip, out):
     rows = resize_matrix(top, height, x.shape[2], out[0]).to(x.dtype)          # B h H
     columns = resize_matrix(left, width, x.shape[3], out[1]).to(x.dtype)       # B w W
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    return (rows[:, None] @ x @ columns[:, None].transpose(2, 3)).clamp(0, 1)  # B C h w
+    with torch.autocast(x.device.type, enabled=False):     # pixels are never in bf16
+        return (rows[:, None] @ x @ columns[:, None].transpose(2, 3)).clamp(0, 1)      # B C h w
 
 
 # Grey of red, green, blue (ITU-R BT.601, with torchvision's digits).
@@ -144,11 +147,14 @@ def recolour(x, u, strength=1.0):
     saturation = 1 + change(u[:, 3], min(1, 0.2 * strength))
     saturation = saturation * (u[:, 5] >= 0.2)[:, None, None, None]            # 0: grey
     angle = 2 * math.pi * change(u[:, 4], min(0.5, 0.1 * strength))            # hue
-    y = luma(x)
-    chroma = saturation * (x - y)              # colour without its brightness: a plane through zero
-    red, green, blue = chroma.split(1, dim=1)
-    turned = torch.cat([a * red + b * green + c * blue for a, b, c in QUARTER_TURN], dim=1)
-    return (y + chroma * angle.cos() + turned * angle.sin()).clamp(0, 1)
+    # A colour is its brightness and a rest, the chroma, which is scaled and turned. All of it is
+    # linear: one matrix of 3 x 3 for each image.
+    kept, turned = (saturation * angle.cos()).flatten(), (saturation * angle.sin()).flatten()    # B
+    entries = [LUMA[b] + kept * ((a == b) - LUMA[b]) + turned * QUARTER_TURN[a][b]
+               for a in range(3) for b in range(3)]                            # 9 x B
+    matrix = torch.stack(entries, dim=1).unflatten(1, (3, 3))                  # B 3 3
+    with torch.autocast(x.device.type, enabled=False):     # pixels are never in bf16
+        return (matrix @ x.flatten(2)).unflatten(2, x.shape[2:]).clamp(0, 1)
 
 
 # --------------------------------------------------------------------------------------- batches
@@ -163,8 +169,8 @@ class CroppedFiles(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         index, u = item
-        image, size = open_file(self.images, index), self.images.size
-        boxes = crop_boxes(torch.tensor(u), image.height, image.width, size, self.smallest)
+        image, size = open_file(self.images, index), self.images.size                    # C H W
+        boxes = crop_boxes(torch.tensor(u), *image.shape[1:], size, self.smallest)
         return cut(image, boxes.tolist(), size)
 
 
@@ -213,7 +219,8 @@ class Batches:
         self.steps_per_epoch = len(self.ids) // self.batch
         self.epoch = None              # the epoch that `order` is the order of
         pixels = self.images.pixels
-        self.pixels = None if pixels is None else pixels.to(self.device)
+        self.resident = pixels is not None
+        self.pixels = pixels.to(self.device) if self.resident else None
         self.mean, self.std = (torch.tensor(v, device=self.device, dtype=self.dtype)[:, None, None]
                                for v in (self.mean, self.std))
 
@@ -234,32 +241,35 @@ class Batches:
 
     def run(self, start, stop):
         """Yield `Views`, `accumulate` of them for each step from start to before stop."""
-        stream = self.stream(start, stop) if self.pixels is None else None
         n = self.batch // self.accumulate // self.world
-        for step in range(start, stop):
-            numbers = {name: self.to_device(v) for name, v in self.numbers(step).items()}
-            if stream is not None:
-                files = self.to_device(next(stream))                   # (accumulate n) views C H W
+        steps = map(self.numbers, range(start, stop))
+        for numbers, files in zip(steps, repeat(None)) if self.resident else self.stream(steps):
+            numbers = {name: self.to_device(v) for name, v in numbers.items()}
+            if not self.resident:
+                files = self.to_device(files)                          # (accumulate n) views C H W
             for first in range(0, self.accumulate * n, n):
                 part = {name: v[first:first + n] for name, v in numbers.items()}
-                if stream is not None:
-                    x = files[first:first + n]                         # n views C H W
-                else:
+                if self.resident:
                     x = self.pixels[part["ids"]][:, None]              # n 1 C H W
+                else:
+                    x = files[first:first + n]                         # n views C H W
                 yield self.augment(part, x)
 
-    def stream(self, start, stop):
-        """An iterator over the crops of each step, cut by workers: (accumulate n) views C H W."""
+    def stream(self, steps):
+        """The numbers of each step, and with them the crops that workers cut ahead by these:
+        (accumulate n) views C H W."""
+        ahead = deque()                    # numbers of steps that workers are at
+
         def plan():
-            for step in range(start, stop):
-                numbers = self.numbers(step)
+            for numbers in steps:
+                ahead.append(numbers)
                 yield list(zip(numbers["ids"].tolist(), numbers["crop"].tolist()))
 
         files = CroppedFiles(self.images, self.smallest)
-        loader = torch.utils.data.DataLoader(files, batch_sampler=plan(), num_workers=self.workers,
-                                             worker_init_fn=survive_one_signal,
-                                             pin_memory=self.device.type == "cuda")
-        return iter(loader)
+        for crops in torch.utils.data.DataLoader(
+                files, batch_sampler=plan(), num_workers=self.workers,
+                worker_init_fn=survive_one_signal, pin_memory=self.device.type == "cuda"):
+            yield ahead.popleft(), crops
 
     def to_device(self, x):
         """x on the device. From pinned memory the copy does not make the host wait."""
@@ -276,7 +286,7 @@ class Batches:
         numbers = {name: views_first(v) for name, v in numbers.items() if name != "ids"}   # B ...
         x = views_first(x.expand(-1, self.views, -1, -1, -1)).to(self.dtype) / 255     # B C H W
         flip = numbers["flip"] < 0.5
-        if self.pixels is not None:
+        if self.resident:
             H, W = x.shape[2:]
             boxes = crop_boxes(numbers["crop"], H, W, self.images.size, self.smallest)
             x = crop_flip(x, boxes, flip, self.images.size)

@@ -82,9 +82,8 @@ class Evaluated:
             return dict.fromkeys(self.features("train"))
         if split not in self.found:
             encoder = None if self.network == "pixels" else self.encoder
-            found = probes.features(encoder, self.images(split), self.ids(split), *self.mean_std,
-                                    self.device)
-            self.found[split] = {token: x.to(self.device) for token, x in found.items()}
+            self.found[split] = probes.features(
+                encoder, self.images(split), self.ids(split), *self.mean_std, self.device)
         return self.found[split]
 
     def kept_out(self):
@@ -112,7 +111,8 @@ class Evaluated:
         if (train.y < 0).all():
             use = "the task multilabel" if "multilabel" in train.targets else "ROOT/train/<class>/*"
             raise UsageError(f"--data-root {self.root}: training images do not have one class; use "
-                             f"{use}")
+                             f"{use}, or what asks for none: diagnose, export, features --split "
+                             "train --pictures")
         return self.of_both(lambda images: images.y, "training images of known class")
 
     def multilabel(self):
@@ -249,7 +249,7 @@ def run_features(evaluated):
         ids = ids[evaluated.validates(ids)]
     where = *evaluated.mean_std, evaluated.device
     x = probes.features(encoder, images, ids, *where)
-    arrays = {"class_token": x["class"], "mean_token": x["mean"], "y": images.y[ids],
+    arrays = {"class_token": x["class"].cpu(), "mean_token": x["mean"].cpu(), "y": images.y[ids],
               "classes": images.classes}
     if "multilabel" in images.targets:
         arrays["multilabel"] = images.targets["multilabel"][ids]

@@ -83,12 +83,14 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def follow(self, student, m):
         """Every parameter: T <- m T + (1 - m) student. 0 copies the student, 1 stands still."""
-        # "image_head.x" is a parameter of the student, "encoder.x" one of student.mae.
-        theirs = dict(student.named_parameters()) | dict(student.mae.named_parameters())
         averages, weights = [], []
-        for name, own in self.named_parameters():
-            averages.append(own)
-            weights.append(theirs[name])
+        for own, theirs in ((self.encoder, student.mae.encoder),
+                            (self.decoder, student.mae.decoder),
+                            (self.image_head, student.image_head),
+                            (self.patch_head, student.patch_head)):
+            if own is not None:                            # copies: parameters in the same order
+                averages += own.parameters()
+                weights += theirs.parameters()
         ema_update(averages, weights, m)
 
 

@@ -144,6 +144,7 @@ class Run:
     student: pseudo_labels.Student
     teachers: Teachers
     optimizer: torch.optim.Optimizer
+    autocast: torch.autocast                               # networks run in it
     scaler: torch.amp.GradScaler                           # of gradients; in fp16 alone
     device: torch.device
     rank: int
@@ -152,6 +153,8 @@ class Run:
     meter: dict = None                                     # sums of a log line before the stop
     signs: set = field(default_factory=set)                # of collapse, when it was last logged
     warned: set = field(default_factory=set)               # signs that were warned of
+    looked: float = field(default_factory=time.perf_counter)           # when: the last look's end
+    look_s: float = 0.0                                    # seconds that it took
 
     @property
     def total(self):
@@ -177,7 +180,7 @@ def main(argv=None, relative=None):
         config.precision = (checkpoint.precision_before(config.out)
                             or devices.best_precision(device))
     dtype, compute = devices.choose_precision(config.precision, device)
-    images, train_ids, val_ids = load_training_images(config, rank, world)
+    images, train_ids, val_ids = load_training_images(config, rank, world, device)
     mean, std = datasets.mean_std(images)
 
     with devices.memory_errors_in_one_line(device, f"--batch-size {config.batch_size}", (
@@ -199,9 +202,10 @@ def main(argv=None, relative=None):
             workers=config.workers)
 
         # A run that was cut off continues; the folder of another run is left alone.
+        autocast = torch.autocast(device.type, compute, enabled=compute is not None)
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         run = Run(config, images, train_ids, val_ids, mean, std, student, teachers, optimizer,
-                  scaler, device, rank, batches.steps_per_epoch)
+                  autocast, scaler, device, rank, batches.steps_per_epoch)
         checkpoint.resume(run)
         report.announce(run, world)
 
@@ -209,15 +213,14 @@ def main(argv=None, relative=None):
         if run.start == 0:
             report.evaluate_and_save(run, 0)
         with life.Watch(config.save_minutes, rank) as watch:
-            autocast = torch.autocast(device.type, compute, enabled=compute is not None)
-            train(run, batches, autocast, watch, (relative or sys.modules[__name__]).training_step)
+            train(run, batches, watch, relative.training_step if relative else training_step)
     if world > 1:
         distributed.barrier()
         distributed.destroy_process_group()
     report.conclude(run)
 
 
-def train(run, batches, autocast, watch, one_step):
+def train(run, batches, watch, one_step=training_step):
     """The loop over optimiser steps."""
     config, student, teachers, total = run.config, run.student, run.teachers, run.total
     half_lives = {"labelling": config.labelling_half_life,
@@ -237,7 +240,7 @@ def train(run, batches, autocast, watch, one_step):
             meter.waited += time.perf_counter() - asked
             last = micro == config.accumulate - 1          # ranks exchange gradients once a step
             with nullcontext() if last or world_size() == 1 else called.no_sync():
-                with autocast:
+                with run.autocast:
                     loss, terms, labels, targets = one_step(called, teachers, views, config)
                 run.scaler.scale(loss / config.accumulate).backward()
             meter.add(loss, terms, labels, config.accumulate)
@@ -267,7 +270,7 @@ def train(run, batches, autocast, watch, one_step):
         watch.end_if_signalled(told, done, run.out, saved)
 
 
-def prepare(run, batches, one_step):
+def prepare(run, batches, one_step=training_step):
     """The student as the step calls it, shared out over processes; and the step, which --compile
     compiles with all that it calls: teachers, Sinkhorn, losses. `batches` is compiled in place.
 
@@ -275,14 +278,14 @@ def prepare(run, batches, one_step):
     called = run.student
     if world_size() > 1:
         gpu = [run.device.index] if run.device.type == "cuda" else None
-        called = DistributedDataParallel(called, device_ids=gpu)
+        called = DistributedDataParallel(called, device_ids=gpu, gradient_as_bucket_view=True)
     if run.config.compile:                                 # every step has the same shapes
         one_step = torch.compile(one_step, fullgraph=True, dynamic=False)
         batches.augment = torch.compile(batches.augment, fullgraph=True, dynamic=False)
     return called, one_step
 
 
-def load_training_images(config, rank, world):
+def load_training_images(config, rank, world, device):
     """Images, ids to train on, ids held out. Raises UsageError for a batch that cannot be."""
     if config.batch_size % (world * config.accumulate):
         raise UsageError(f"--batch-size {config.batch_size}: must be a multiple of processes x "
@@ -290,9 +293,11 @@ def load_training_images(config, rank, world):
     if rank > 0:                           # rank 0 goes first: what it downloads the others find
         distributed.barrier()
     images = datasets.load_images(config.data, config.data_root, "train", config.img_size, None,
-                                  config.resident_gb)
+                                  config.resident_gb if rank == 0 else 0)
     if rank == 0 and world > 1:
         distributed.barrier()
+    if world > 1:                          # rank 0 alone decodes files
+        datasets.share(images, config.resident_gb, device)
     train_ids, val_ids = datasets.held_out(images, config.val_fraction)
     if config.batch_size > len(train_ids):
         fewer = max(2, len(train_ids) * config.views // 4)

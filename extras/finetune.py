@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python extras/finetune.py`
 
+from data import crop_boxes, crop_flip
 from extras import tuning
 from support.command_line import option, run_main
 from support.datasets import read, require_the_same_classes
@@ -85,17 +86,18 @@ def main(argv=None):
     require_the_same_classes(config.data_root, images, test_images)
     mean, std = tuning.pixel_statistics(config, images, info)
     standardise = tuning.standardise(mean, std)
-    augment, mix = tuning.augment(config, images.size), mixing(config, classes)
+    mix = mixing(config, classes)
     torch.manual_seed(config.seed)
     model = Classifier(encoder, classes, config.token).to(device)
 
     def loss_of(batch):
-        imgs = torch.stack([augment(image) for image in read(images, batch)])  # B C H W uint8
-        imgs, y = standardise(imgs), images.y[batch]
+        boxes = crop_boxes(torch.rand(len(batch), 4), *images.size, images.size, config.crop)
+        flip = torch.rand(len(batch)) < 0.5
+        imgs, y = read(images, batch).to(device).float() / 255, images.y[batch].to(device)
+        imgs = standardise(crop_flip(imgs, boxes.to(device), flip.to(device), images.size))
         if mix:
             imgs, y = mix(imgs, y)                                             # y B classes
-        return F.cross_entropy(model(imgs.to(device)), y.to(device),
-                               label_smoothing=config.label_smoothing)
+        return F.cross_entropy(model(imgs), y, label_smoothing=config.label_smoothing)
 
     def measure(images, ids):
         return {"top1": accuracy(model, images, ids, config, standardise, device)}

@@ -90,6 +90,16 @@ def leftovers(there, problem, error=None):
                      f"`unset {' '.join(there)}`, for several use torchrun") from error
 
 
+def cores():
+    """How many cores of the machine each process of a run has for itself, 1 to 16."""
+    try:
+        there = len(os.sched_getaffinity(0))               # not those that a queue has kept back
+    except AttributeError:                                 # macOS
+        there = os.cpu_count() or 1
+    shared = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return min(16, max(1, there // max(1, int(shared) if shared.isdecimal() else 1)))
+
+
 def start_processes(device):
     """Join the other processes of a torchrun, if there are any -> rank, number of processes.
 

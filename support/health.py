@@ -7,6 +7,7 @@ Letters:  n images, N patches, D width of a token, K clusters.
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -58,15 +59,16 @@ def monitor(encoder, images, train_ids, val_ids, mean, std, device):
     """While training runs, on held-out images: {"knn_class", "knn_mean", "effective_rank_class",
     "effective_rank_mean"}; {} where no class is known; of one class no k-NN.
 
-    At most 10,000 images to compare with and 2,000 to test: a curve, quickly. `python eval.py knn`
-    uses all."""
+    At most 2,000 images to test, and to compare with a quarter of the others, 2,000 to 10,000: a
+    curve, quickly. `python eval.py knn` uses all."""
     train_ids = train_ids[images.y[train_ids] >= 0]
     if len(val_ids) == 0 or len(train_ids) == 0:
         return {}
-    train_ids, val_ids = subset(train_ids, 10_000), subset(val_ids, MONITORED)
+    compared = max(MONITORED, min(5 * MONITORED, len(train_ids) // 4))
+    train_ids, val_ids = subset(train_ids, compared), subset(val_ids, MONITORED)
     x = features(encoder, images, train_ids, mean, std, device)
     test_x = features(encoder, images, val_ids, mean, std, device)
-    y, test_y = images.y[train_ids], images.y[val_ids]
+    y, test_y = (images.y[ids].to(device) for ids in (train_ids, val_ids))
     found = {}
     for token in x:
         if len(images.classes) > 1:
@@ -96,12 +98,12 @@ def assign(teacher, config, images, ids, mean, std, device):
     kept = 0
     for tokens in tokens_in_chunks(teacher.encoder, images, ids, mean, std, device):
         if teacher.image_head is not None:
-            scores["image"].append(teacher.image_head(tokens[:, 0]).cpu())                   # b K
+            scores["image"].append(teacher.image_head(tokens[:, 0]))                         # b K
         if teacher.patch_head is not None:
             K = len(teacher.patch_head.prototypes)
             room = max(1, SCORES // (K * (tokens.shape[1] - 1))) - kept
             part = teacher.patch_head(plain_norm(tokens[:max(0, room), 1:]))               # b N K
-            scores["patch"].append(part.cpu())
+            scores["patch"].append(part)
             kept += len(part)
     found = {}
     for name, parts in scores.items():
@@ -109,11 +111,10 @@ def assign(teacher, config, images, ids, mean, std, device):
             cosines = each = torch.cat(parts)                                            # n (N) K
             if name == "patch" and config.remove_place:
                 each = remove_place(cosines)
-            centre = teacher.centres[name].cpu()
-            labels = balance(each.flatten(0, -2), centre, config).view_as(each)
+            labels = balance(each.flatten(0, -2), teacher.centres[name], config).view_as(each)
             cluster = labels.argmax(-1)
             cosine = cosines.gather(-1, cluster[..., None]).squeeze(-1)
-            found[name] = Assigned(labels, cluster, cosine)
+            found[name] = Assigned(labels.cpu(), cluster.cpu(), cosine.cpu())
     return found
 
 
@@ -267,6 +268,30 @@ def agreements(labels, teacher, config, images, ids, mean, std, device):
     return found
 
 
+def purest_and_least_pure(name, cluster, images, ids, grid, each=3, least=8):
+    """{cluster: "cluster 10: 86% lattice"}, the share of its commonest class: the purest clusters,
+    and the least pure ones, of those that `least` images share; {} where nothing tells true classes
+    apart.
+
+    Of the pseudo labels `name` of the images at ids, cluster n or n N. The class of a patch is that
+    of most of its pixels; where that is mostly ground (0), a cluster is left out."""
+    if name == "image" and len(images.classes) > 1 and (images.y[ids] >= 0).all():
+        of, names = images.y[ids], images.classes
+    elif name == "patch" and "masks" in images.targets:
+        masks = masks_of(images, ids[:len(cluster)])
+        of = pixels_of_classes(masks, images.size, grid, classes_in(masks)).argmax(-1)
+        names = [None, *images.classes]
+    else:
+        return {}
+    counts = table(cluster.flatten(), of.flatten())                                # clusters x C
+    rows = [(of_it.max() / of_it.sum(), number, names[of_it.argmax()])
+            for number, of_it in enumerate(counts)
+            if (cluster == number).view(len(cluster), -1).any(1).sum() >= least]
+    rows = sorted((row for row in rows if row[2] is not None), reverse=True)
+    shown = rows[:each] + rows[max(each, len(rows) - each):]
+    return {number: f"cluster {number}: {share:.0%} {of_it}" for share, number, of_it in shown}
+
+
 def beside_chance(name, agreement, cluster, other):
     """The agreement of two labellings, and what is left of it when one of them is shuffled."""
     cluster, other = cluster.flatten(), other.flatten()
@@ -292,16 +317,18 @@ def two_views_agree(teacher, config, images, ids, mean, std, device):
     """Two views of each image at ids, as the labelling teacher sees them in training: how often
     both have the same image pseudo label, and how often by chance."""
     n = min(len(ids), CHUNK)               # images of a batch; a last, incomplete one is left out
+    if images.pixels is not None:          # these alone on the device, beside those of the training
+        images, ids = replace(images, pixels=images.pixels[ids]), torch.arange(len(ids))
     batches = Batches(
         images, ids, mean, std, seed=0, batch=n, patches=teacher.encoder.num_patches, views=2,
         smallest=config.crop, colours=config.colours, teacher_view=config.teacher_view,
-        dtype=next(teacher.parameters()).dtype)
+        device=device, dtype=next(teacher.parameters()).dtype)
     scores = []
     for views in batches.run(0, batches.steps_per_epoch):
-        tokens = teacher.encoder(views.teacher.to(device))                           # 2n 1+N D
-        scores.append(teacher.image_head(tokens[:, 0]).cpu().unflatten(0, (2, n)))        # 2 n K
+        tokens = teacher.encode(views.teacher)                                       # 2n 1+N D
+        scores.append(teacher.image_head(tokens[:, 0]).unflatten(0, (2, n)))              # 2 n K
     scores = torch.cat(scores, dim=1)
-    labels = balance(scores.flatten(0, 1), teacher.centres["image"].cpu(), config)
+    labels = balance(scores.flatten(0, 1), teacher.centres["image"], config)
     one, other = labels.argmax(1).chunk(2)
     K = labels.shape[1]
     chance = (one.bincount(minlength=K) * other.bincount(minlength=K)).sum() / len(one) ** 2

@@ -32,10 +32,10 @@ def subset(ids, n):
     return ids[torch.linspace(0, len(ids) - 1, min(n, len(ids))).long()]
 
 
-def standardised(images, ids, mean, std):
-    """The images at ids as networks want them: n C H W, on the CPU."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    return (read(images, ids).float() / 255 - mean) / std
+def standardised(images, ids, mean, std, device="cpu"):
+    """The images at ids as networks want them: n C H W, on the device."""
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
+    return (read(images, ids).to(device).float() / 255 - mean) / std
 
 
 @torch.no_grad()
@@ -43,20 +43,21 @@ def tokens_in_chunks(encoder, images, ids, mean, std, device):
     """Yield tokens b 1+N D of the images at ids, at most CHUNK at a time, on the device."""
     dtype = next(encoder.parameters()).dtype
     for part in ids.split(CHUNK):
-        yield encoder(standardised(images, part, mean, std).to(device, dtype))
+        yield encoder(standardised(images, part, mean, std, device).to(dtype))
 
 
 def features(encoder, images, ids, mean, std, device):
-    """Features of the images at ids, on the CPU: {"class": n D, "mean": n D}.
+    """Features of the images at ids, on the device: {"class": n D, "mean": n D}.
 
     encoder None: {"pixels": n (C H W)}."""
     if encoder is None:
-        parts = [standardised(images, part, mean, std).flatten(1) for part in ids.split(CHUNK)]
+        parts = [standardised(images, part, mean, std, device).flatten(1)
+                 for part in ids.split(CHUNK)]
         return {"pixels": torch.cat(parts)}
     found = {"class": [], "mean": []}
     for tokens in tokens_in_chunks(encoder, images, ids, mean, std, device):
-        found["class"].append(tokens[:, 0].float().cpu())
-        found["mean"].append(tokens[:, 1:].float().mean(1).cpu())
+        found["class"].append(tokens[:, 0].float())
+        found["mean"].append(tokens[:, 1:].float().mean(1))
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
@@ -101,7 +102,9 @@ def knn(x, y, test_x, classes, k=20, temperature=0.07):
     x, test_x = F.normalize(x, dim=1), F.normalize(test_x, dim=1)
     predictions = []
     for queries in test_x.split(max(1, 2**28 // len(x))):  # a gigabyte of cosines at a time
-        cosine, neighbours = (queries @ x.T).topk(min(k, len(x)), dim=1)                     # b k
+        with torch.autocast(x.device.type, enabled=False):             # bf16 makes many ties
+            cosine = queries @ x.T                                                           # b n
+        cosine, neighbours = cosine.topk(min(k, len(x)), dim=1)                              # b k
         votes = torch.zeros(len(queries), classes, device=x.device)
         votes.scatter_add_(1, y[neighbours], (cosine / temperature).exp())             # b classes
         predictions.append(votes.argmax(1))
@@ -115,33 +118,34 @@ def linear(x, y, test_x, classes, rates=LINEAR_RATES, epochs=90, batch=1024, see
     MAE's protocol: BatchNorm without affine, then a linear layer; momentum 0.9, no weight decay,
     cosine, 90 epochs. SGD in place of LARS, as batches are small. The rate is for the whole
     batch."""
-    g = torch.Generator().manual_seed(seed)
+    g, R = torch.Generator().manual_seed(seed), len(rates)
     norm = nn.BatchNorm1d(x.shape[1], affine=False, device=x.device)
-    heads = [nn.Linear(x.shape[1], classes, device=x.device) for _ in rates]
-    for head in heads:
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-    groups = [dict(params=head.parameters(), lr=rate) for head, rate in zip(heads, rates)]
-    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    heads = nn.Linear(x.shape[1], R * classes, device=x.device)        # all of them in one product
+    nn.init.zeros_(heads.weight)
+    nn.init.zeros_(heads.bias)
+    # Without weight decay a step goes by rate times gradient: so each gradient has its rate.
+    rate = torch.tensor(rates, device=x.device).repeat_interleave(classes)             # R classes
+    optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
     batch = min(batch, len(x))
     steps = len(x) // batch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     for _ in range(epochs):
         order = torch.randperm(len(x), generator=g)
         for ids in order[:steps * batch].view(-1, batch).to(x.device):
-            inputs = norm(x[ids])
-            # no weight is shared, so each head gets its own gradient
-            loss = sum(F.cross_entropy(head(inputs), y[ids]) for head in heads)
+            logits = heads(norm(x[ids])).view(-1, classes)                     # (batch R) classes
+            loss = R * F.cross_entropy(logits, y[ids].repeat_interleave(R, dim=0))
             optimizer.zero_grad()
             loss.backward()
+            heads.weight.grad *= rate[:, None]
+            heads.bias.grad *= rate
             optimizer.step()
             schedule.step()
     norm.eval()
     predictions = []
     with torch.no_grad():
         for part in test_x.split(100_000):                 # there may be many patches
-            inputs = norm(part.to(x.device))
-            predictions.append(torch.stack([head(inputs).argmax(1) for head in heads]))
+            logits = heads(norm(part.to(x.device))).unflatten(1, (R, classes))
+            predictions.append(logits.argmax(-1).T)                                # R m
     return torch.cat(predictions, dim=1)
 
 

@@ -40,6 +40,13 @@ def over_ranks(x, operation="SUM"):
     return x
 
 
+def from_rank_0(x):
+    """x as rank 0 has it, on all ranks; elsewhere x says its shape alone, and is written over."""
+    if world_size() > 1:
+        distributed.broadcast(x, 0)
+    return x
+
+
 def of_each_rank(x):
     """x of all ranks, one after the other, the same on each of them: ranks ... No gradient."""
     if world_size() == 1:

@@ -27,6 +27,7 @@ from support.health import (
     count_labels,
     health,
     monitor,
+    purest_and_least_pure,
     reconstruct,
     signs_of_collapse,
 )
@@ -72,11 +73,14 @@ class Meter:
         return record
 
     def speed(self, run, done):
-        """images/s, share of the time spent waiting for data, seconds to go, memory."""
+        """images/s, share of the time spent waiting for data, seconds to go (with those of the
+        looks), memory."""
         steps, seconds = done - self.step, time.perf_counter() - self.since
+        every = run.config.eval_every * run.steps_per_epoch
+        looks = math.ceil(run.total / every) - (done - 1) // every     # to come, one now included
         found = {"images_per_s": round(steps * run.config.batch_size / seconds, 1),
                  "data_wait": round(self.waited / seconds, 4),
-                 "eta_s": round((run.total - done) * seconds / steps, 1)}
+                 "eta_s": round((run.total - done) * seconds / steps + looks * run.look_s, 1)}
         return found | peak_memory(run.device)
 
     def state(self):
@@ -203,7 +207,8 @@ def evaluate_and_save(run, step):
         return
     config, encoder, mean, std = run.config, run.student.mae.encoder, run.mean, run.std
     shown_ids = run.val_ids if len(run.val_ids) else run.train_ids
-    with alone():
+    start = time.perf_counter()
+    with alone(), run.autocast:
         # The log.
         by_teacher = kept_network(vars(config)) == "reconstruction-teacher"
         kept = run.teachers.reconstruction.encoder if by_teacher else encoder
@@ -227,12 +232,21 @@ def evaluate_and_save(run, step):
                                subset(shown_ids, 200), noise, mean, std, run.device)
             draw_rows(rows, run.out / "reconstructions.png")
         if teacher is not None:
-            shown = {name: (each.cluster, each.cosine) for name, each in labels.items()}
+            shown = {name: (each.cluster, each.cosine, purest_and_least_pure(
+                name, each.cluster, run.images, labelled_ids, encoder.grid))
+                for name, each in labels.items()}
             pictures = to_pictures(standardised(run.images, labelled_ids, mean, std), mean, std)
             clusters(shown, pictures, encoder.grid, run.out / "clusters.png")
+    before, run.looked = run.looked, time.perf_counter()
+    run.look_s = run.looked - start
+    share = run.look_s / (run.looked - before)             # of the time since the last one
     if step:
         for text in evaluation_lines(found, run):
             run.say(f"   {text}")
+    if 0 < step < run.total and share > 0.05 and "looks" not in run.warned:
+        run.warned.add("looks")
+        run.say(f"   such a look takes {run.look_s:.0f} s, {share:.0%} of the time; to look less "
+                f"often raise --eval-every (now {config.eval_every} epochs)")
 
 
 def evaluation_lines(found, run):
@@ -268,10 +282,12 @@ def conclude(run):
                 f"{first['knn_class']:.1%} and {last['knn_class']:.1%}, mean token "
                 f"{first['knn_mean']:.1%} and {last['knn_mean']:.1%}")
     root = Path(run.config.data_root)
-    can_test = (run.images.y >= 0).any() and len(run.images.classes) > 1 and (
-        run.config.data != "imagefolder" or part_of(root, "test") or part_of(root, "val"))
-    following = f"; next: python eval.py linear --checkpoint {path}" if can_test else ""
-    run.say(f"done: {path} and its pictures{following}")
+    following = "linear"
+    if run.config.data == "imagefolder" and not (part_of(root, "test") or part_of(root, "val")):
+        following = "linear --split validation"
+    if not len(run.val_ids) or len(run.images.classes) < 2:
+        following = "features --split train --pictures"    # neighbours, which ask for no class
+    run.say(f"done: {path} and its pictures; next: python eval.py {following} --checkpoint {path}")
 
 
 # ------------------------------------------------------------------------- what eval.py found

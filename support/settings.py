@@ -23,7 +23,7 @@ from support.command_line import (
     size,
 )
 from support.datasets import SETS, holds_images, look
-from support.devices import PRECISIONS
+from support.devices import PRECISIONS, cores
 from teachers import STANDARDISE, half_life
 
 # Batch, clusters and lr are measured on CIFAR-10 (JPEG), ViT-Tiny. No other set below was tuned on.
@@ -180,7 +180,9 @@ class Config:
     accumulate: int = option(
         1, "micro-batches a step is computed in, for batches larger than the memory", range=COUNT)
     workers: int = option(
-        4, "processes that decode images, where the data set streams from the disk", range=POSITIVE)
+        None, "processes that decode images, where the data set streams from the disk (default: "
+        "the cores of the machine, shared out among the processes of the run, 16 at most)",
+        range=(0, 256))
     resident_gb: float = option(
         4.0, "a data set up to this size is kept in memory, shrunk to --img-size before it is "
         "cropped; larger ones stream, cropped from the files at full size", range=POSITIVE)
@@ -222,6 +224,7 @@ def resolve(argv=None, relative=None):
     config.img_size = config.img_size or SETS[data].size
     config.patch_size = config.patch_size or SETS[data].patch
     config.eval_every = config.eval_every or max(1, -(-config.epochs // 10))       # rounded up
+    config.workers = cores() if config.workers is None else config.workers
     if config.out is None:
         source = Path(config.data_root).resolve().name if data == "imagefolder" else data
         config.out = f"runs/{recipe}-{source}-{config.model}"

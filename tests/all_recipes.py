@@ -5,6 +5,7 @@ test_relatives.py.
     python all_recipes.py OUT FLAG ...
     python all_recipes.py relatives OUT FLAG ..."""
 
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,7 @@ from conftest import TOY_SIZE  # noqa: E402
 
 import train  # noqa: E402
 from mae import SIZES  # noqa: E402
-from support import checkpoint, report, settings  # noqa: E402
+from support import checkpoint, datasets, report, settings  # noqa: E402
 
 VARIANTS = {recipe: ["--recipe", recipe] for recipe in settings.RECIPES} | {
     "centring": ["--balancing", "centring", "--standardise", "position", "--labelled-patches",
@@ -49,6 +50,8 @@ def in_two_processes(main, out, *flags):
     for name in ("curves", "draw_rows", "clusters"):
         setattr(report, name, lambda *args: None)
     VARIANTS["mae"] += ["--accumulate", "2"]
+    if os.environ["RANK"] != "0":
+        datasets.decode = None             # a folder is decoded once, not once a rank
     start, end = distributed.init_process_group, distributed.destroy_process_group
 
     def start_once(*args, **kwargs):

@@ -378,3 +378,36 @@ def test_scenes_are_what_they_say():
         for left, top, right, bottom, kind in boxes:
             assert 0 <= left < right <= 64 and 0 <= top < bottom <= 64
             assert (mask[top:bottom, left:right] == 1 + kind).any()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_numbers_of_a_step_are_drawn_once(photos, monkeypatch, workers):
+    """Also where workers cut crops by them steps ahead."""
+    drawn, draw = [], data.draw
+    monkeypatch.setattr(data, "draw", lambda seed, step, *args: (
+        drawn.append(step), draw(seed, step, *args))[1])
+    images = load_images("imagefolder", photos, "train", 16, resident_gb=0)
+    assert len(list(batches(images, views=2, workers=workers).run(1, 7))) == 6
+    assert drawn == [1, 2, 3, 4, 5, 6]
+
+
+def test_crops_of_a_decoded_image_are_those_of_pillow(photos):
+    """But for rounding: on the way Pillow keeps whole grey levels, or nearly so."""
+    images = load_images("imagefolder", photos, "train", 16, resident_gb=0)
+    u = torch.rand(len(images), 2, 4)
+    for index, numbers in enumerate(u):
+        with Image.open(images.paths[index]) as file:
+            image = file.convert("RGB")
+        boxes = data.crop_boxes(numbers, image.height, image.width, (16, 16), 0.2)
+        crops = data.CroppedFiles(images, 0.2)[index, numbers.tolist()]
+        for crop, (top, left, height, width) in zip(crops, boxes.tolist(), strict=True):
+            cut = image.crop((left, top, left + width, top + height)).resize(
+                (16, 16), Image.Resampling.BICUBIC)
+            assert (crop.int() - TF.pil_to_tensor(cut).int()).abs().max() <= 2
+
+
+def test_pixels_are_in_full_precision_also_under_autocast():
+    images, settings = toy(), dict(views=2, colours=1.0)
+    plain = first(images, **settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(first(images, **settings).student, plain.student)

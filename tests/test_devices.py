@@ -6,6 +6,8 @@ this cannot see: backward, autocast, devices mixed in a `torch._foreach_` call, 
 pageable memory (`torch.tensor(list, device=...)`), which make the host wait as well.
 """
 
+import os
+
 import all_recipes
 import pytest
 import torch
@@ -250,3 +252,15 @@ def test_a_processor_is_timed(monkeypatch):
 def test_fp64_is_refused_on_mps():
     with pytest.raises(UsageError, match="--precision fp64"):
         devices.choose_precision("fp64", torch.device("mps"))
+
+
+def test_the_cores_are_shared_out(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert devices.cores() == 12
+    for processes, cores in (("1", 12), ("8", 1), ("16", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert devices.cores() == cores
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    assert devices.cores() == 16

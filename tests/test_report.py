@@ -1,7 +1,14 @@
 import math
+from types import SimpleNamespace
 
+import pytest
+import torch
+from torch import nn
+
+import train
+from mae import Mlp
 from support.health import signs_of_collapse
-from support.report import line
+from support.report import Meter, line
 
 WELL = {
     "image": 3.0,
@@ -45,3 +52,23 @@ def test_line_shows_what_the_record_has():
     losses = "rec 0.500  image 3.000 (ln K 3.47)"
     assert line(record) == f"{start}  {losses}  812 images/s  peak 3.2 GB  61 s to go"
     assert "rec 0.500 (constant 0.91)" in line(record | dict(rec_constant=0.911))
+
+
+@pytest.mark.parametrize("done, looks", [(1, 4), (3, 4), (4, 3), (9, 2), (10, 1)])
+def test_time_to_go_counts_the_looks(done, looks):
+    """Of ten steps, looks at 3, 6, 9 and at the end; a line that comes with a look counts it."""
+    run = SimpleNamespace(config=SimpleNamespace(eval_every=3, batch_size=8), steps_per_epoch=1,
+                          total=10, look_s=100.0, device=torch.device("cpu"))
+    assert round(Meter(0).speed(run, done)["eta_s"]) == 100 * looks
+
+
+def test_a_look_that_takes_long_is_said_once(small_flags, tmp_path, no_pictures, capsys):
+    """And it computes in the precision of the run."""
+    seen = []
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, _, out: seen.append(out.dtype) if isinstance(module, Mlp) else None)
+    with hook:
+        train.main([*small_flags, "--epochs", "3", "--eval-every", "1", "--precision", "bf16",
+                    "--out", str(tmp_path)])
+    assert set(seen) == {torch.bfloat16}
+    assert capsys.readouterr().err.count("raise --eval-every (now 1 epochs)") == 1
