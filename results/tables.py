@@ -9,6 +9,7 @@ A table belongs on a page between two lines, `<!-- KIND ... -->` and `<!-- end -
                                 The second has differences from one run, the baseline. The third
                                 says what pseudo labels agree with
     summary SET                 the runs of SUMMARY, each with its flags of train.py
+    pick SET RUN ...            these runs, likewise
     pair STAGE SET RUN OTHER    two runs, and their difference
 
 Differences are *paired by seed*: a seed gives both runs the same order of images, crops and masks,
@@ -49,6 +50,10 @@ WORDS = {
     "teachers-that-stand-still": "pl-mae, teachers that never change",
     "temperature-0.2": "pl-mae, labels at a temperature of 0.2",
     "scratch": "random weights",
+    "sdae": "SdAE",
+    "cae": "CAE",
+    "mixedae": "MixedAE",
+    "greenmim": "GreenMIM (another network)",
 }
 SUMMARY = list(WORDS)[:11]                                 # without the one of equal time
 SUMMARY.remove("mae-equal-time")
@@ -129,9 +134,9 @@ def differences_table(by_name, headings, baseline):
     return rows
 
 
-def summary_table(by_name):
-    """{name: {seed: row}} -> rows of texts: of the runs of SUMMARY, in that order."""
-    names = [name for name in SUMMARY if name in by_name]
+def summary_table(by_name, names=SUMMARY):
+    """{name: {seed: row}} -> rows of texts: of the runs of these names, in that order."""
+    names = [name for name in names if name in by_name]
     headings = headings_of(by_name[name] for name in names)
     rows = [["", "flags of train.py", "seeds", *headings]]
     for name in names:
@@ -215,9 +220,12 @@ def all_tables(by_name):
 
 def table(rows, kind, *where):
     """What a page asks for, as Markdown; "" where there are no such results."""
-    if kind == "summary":
-        by_name = next(filter(None, (by_run(rows, stage, *where) for stage in EVIDENCE)), {})
-        return markdown(summary_table(by_name)) if by_name else ""
+    if kind in ("summary", "pick"):
+        data, *names = where
+        by_name = {}
+        for stage in ("relatives", *EVIDENCE):
+            by_name |= by_run(rows, stage, data)
+        return markdown(summary_table(by_name, names or SUMMARY)) if by_name else ""
     by_name = by_run(rows, *where[:2])
     if kind == "all":
         return all_tables(by_name) if by_name else ""
@@ -282,7 +290,7 @@ def fill(page, rows):
         inside = f"\n{found}\n\n" if found else ""
         return f"<!-- {match[1]} -->\n{inside}<!-- end -->"
 
-    return re.sub(r"<!-- ((?:all|summary|pair) [^>]+) -->\n.*?<!-- end -->", put, page,
+    return re.sub(r"<!-- ((?:all|summary|pick|pair) [^>]+) -->\n.*?<!-- end -->", put, page,
                   flags=re.DOTALL)
 
 
