@@ -174,7 +174,7 @@ def peers(options):
         more = parameters - facts["ours"]["parameters"]
         if more != surplus(mae.SIZES[config.model]["embed_dim"]):
             raise RuntimeError(f"{name} has {more} parameters more than ours: not the same network")
-        if not 0.5 < facts[name]["loss"] / facts["ours"]["loss"] < 2:
+        if not 0.8 < facts[name]["loss"] / facts["ours"]["loss"] < 1.25:
             raise RuntimeError(f"{name} has another loss: {facts}")
     times = race(contenders, options.rounds, device)
     return config, device, [timed(f"MAE of {name}", ms, config.batch_size) | {"of_ours": round(
@@ -440,7 +440,8 @@ def main(argv=None):
         print("".join(f"{value:32}" if name == "what" else f"{value:>12}  "
                       for name, value in row.items()))
         if options.out:
-            what = {"what": f"{options.part}: {row['what']}", "flags": " ".join(options.flags)}
+            flags = [*options.flags, *["--images", str(options.images)] * bool(options.images)]
+            what = {"what": f"{options.part}: {row['what']}", "flags": " ".join(flags)}
             append_json(options.out, row | what | around)
 
 

@@ -210,7 +210,8 @@ def main(argv=None):
             print(f"--- {run.stage}: {run.data}, {run.name}, seed {run.seed}", file=sys.stderr)
             try:
                 work = train_further if run.stage in FURTHER else train_and_judge
-                compiled = ["--compile"] * (options.compile and work is train_and_judge)
+                compiled = ["--compile"] * (options.compile and work is train_and_judge
+                                            and run.name != "greenmim")        # which cannot
                 row |= work(run, options.data, out, ["--precision", options.precision, *compiled])
             except (Exception, SystemExit) as error:       # the plan goes on; the line says why
                 if isinstance(getattr(error, "code", None), int) and error.code > 128:

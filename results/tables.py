@@ -12,8 +12,8 @@ A table belongs on a page between two lines, `<!-- KIND ... -->` and `<!-- end -
     pick SET RUN ...            these runs, likewise
     pair STAGE SET RUN OTHER    two runs, and their difference
 
-Differences are *paired by seed*: a seed gives both runs the same order of images, crops and masks,
-so that most of its luck cancels. The pictures show the runs of the stages `evidence` and
+Differences are *paired by seed*: where both have as many views of
+an image, a seed gives them the same order of images, crops and masks, and most of its luck cancels. The pictures show the runs of the stages `evidence` and
 `photographs`, a point for each seed; and of the latter k-NN while they trained.
 """
 
@@ -142,6 +142,8 @@ def summary_table(by_name, names=SUMMARY):
     for name in names:
         runs = list(by_name[name].values())
         flags = re.sub(r" ?--eval-every \d+", "", runs[0].get("flags", ""))
+        if runs[0]["stage"] == "relatives":
+            flags = f"of extras.relatives: {name} {flags}"
         flags = f"`{flags}`" if name not in ("pixels", "untrained") else "none: nothing is trained"
         rows.append([WORDS[name], flags, str(len(runs)), *ranges(runs, headings)])
     return rows

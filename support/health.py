@@ -175,7 +175,7 @@ def reconstruct(student, teacher, config, images, ids, noise, mean, std, device)
 def effective_rank(x):
     """exp of the entropy of the normalised singular values of centred features n D: how many
     directions are in use, 1 to D (RankMe, Garrido et al. 2023, who do not centre)."""
-    s = torch.linalg.svdvals(x - x.mean(0))
+    s = torch.linalg.svdvals((x - x.mean(0)).cpu())        # few devices have it
     p = s / s.sum().clamp(min=1e-12)
     return round(torch.special.xlogy(p, p).sum().neg().exp().item(), 2)
 

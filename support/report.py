@@ -237,13 +237,14 @@ def evaluate_and_save(run, step):
                 for name, each in labels.items()}
             pictures = to_pictures(standardised(run.images, labelled_ids, mean, std), mean, std)
             clusters(shown, pictures, encoder.grid, run.out / "clusters.png")
+    first = run.look_s == 0                                # of this process: the run may continue
     before, run.looked = run.looked, time.perf_counter()
     run.look_s = run.looked - start
     share = run.look_s / (run.looked - before)             # of the time since the last one
     if step:
         for text in evaluation_lines(found, run):
             run.say(f"   {text}")
-    if 0 < step < run.total and share > 0.05 and "looks" not in run.warned:
+    if step < run.total and share > 0.05 and not first and "looks" not in run.warned:
         run.warned.add("looks")
         run.say(f"   such a look takes {run.look_s:.0f} s, {share:.0%} of the time; to look less "
                 f"often raise --eval-every (now {config.eval_every} epochs)")

@@ -57,7 +57,7 @@ class Config:
     """Everything that decides a run. Kept in config.json and the checkpoint; each field is a flag.
 
     Defaults of the method that name no source and are not called "not tuned" were measured, on
-    CIFAR-10 (JPEG) or on shapes: see docs/results.md."""
+    CIFAR-10 (JPEG) or on shapes: see results/tables.md."""
     recipe: str = option("pl-mae", "row of settings, which flags override", choices=list(RECIPES))
     model: str = option("micro", "size of the encoder and its decoder", choices=list(SIZES))
     data: str = option("shapes", "data set", choices=list(SETS))

@@ -13,7 +13,8 @@ from pseudo_labels import full_precision
 from support.command_line import UsageError, flag
 
 # What a row says of these is the method; what else it says may be overruled by flags.
-FIXED = ("target", "views", "image_weight", "patch_weight", "consistency_weight", "compile")
+FIXED = ("target", "standardise", "views", "image_weight", "patch_weight", "consistency_weight",
+         "compile")
 SHARED = dict(image_weight=0.0, patch_weight=0.0, consistency_weight=0.0, views=1, colours=0.0)
 
 

@@ -1,4 +1,4 @@
-"""Train a relative of MAE. All flags of train.py work, and those of the method.
+"""Train a relative of MAE. Flags of train.py work, but for those that make the method.
 
     python -m extras.relatives                            # lists them
     python -m extras.relatives cae --data shapes

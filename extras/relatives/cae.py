@@ -12,9 +12,9 @@ predicted tokens alone; it never sees the visible ones.
 
 What differs from MAE: who predicts, the loss `align`, half of the patches masked, in blocks.
 
-Why does the encoder not make all tokens alike, so that they are easy to predict? Only `rec` forbids
-it. So the log has the variance of the target beside `align`: what the best constant loses. Both
-falling together is collapse.
+An encoder that makes all tokens alike would make them easy to predict. Only `rec` forbids it. So
+the log has the variance of the target beside `align`: the loss of predicting one token everywhere.
+If both fall together, that is collapse.
 
 Where the values are from: the order of the parts, the weight 2, half of the patches, 4 + 4 blocks
 for a ViT-B, attention in the regressor scaled by 0.1 at first, a norm in the place of its stream,

@@ -108,7 +108,8 @@ class Encoder(nn.Module):
         self.apply(mae.init_weights)
 
     def forward(self, imgs, ids_keep=None):
-        assert imgs.shape[1:] == (self.in_chans, *self.img_size), "images of another size"
+        if imgs.shape[1:] != (self.in_chans, *self.img_size):
+            raise ValueError(f"images of {tuple(imgs.shape[1:])}: not of the size of this model")
         (rows, columns), N = self.grid, self.num_patches
         units = torch.arange(N, device=imgs.device) if ids_keep is None else ids_keep[0]       # V
         # The four fine patches of a unit stand side by side, so that merging them is a reshape.
