@@ -12,9 +12,10 @@ A table belongs on a page between two lines, `<!-- KIND ... -->` and `<!-- end -
     pick SET RUN ...            these runs, likewise
     pair STAGE SET RUN OTHER    two runs, and their difference
 
-Differences are *paired by seed*: where both have as many views of
-an image, a seed gives them the same order of images, crops and masks, and most of its luck cancels. The pictures show the runs of the stages `evidence` and
-`photographs`, a point for each seed; and of the latter k-NN while they trained.
+Differences are *paired by seed*: where both have as many views of an image, a seed gives them the
+same order of images, crops and masks, and most of its luck cancels. The pictures show the runs of
+the stages `evidence` and `photographs`, a point for each seed; and of the latter k-NN while they
+trained.
 """
 
 import re
