@@ -111,7 +111,8 @@ class Evaluated:
         if (train.y < 0).all():
             use = "the task multilabel" if "multilabel" in train.targets else "ROOT/train/<class>/*"
             raise UsageError(f"--data-root {self.root}: training images do not have one class; use "
-                             f"{use}")
+                             f"{use}, or what asks for none: diagnose, export, features --split "
+                             "train --pictures")
         return self.of_both(lambda images: images.y, "training images of known class")
 
     def multilabel(self):

@@ -109,7 +109,7 @@ def losses(predicted, labels, targets, config):
 def build(config, channels):
     """A new student, whose weights depend on the seed alone."""
     torch.manual_seed(config.seed)
-    return pseudo_labels.Student(**settings.architecture(config, channels))
+    return checkpoint.new_student(settings.architecture(config, channels), config.recipe)
 
 
 def parameter_groups(network, weight_decay):
@@ -169,9 +169,10 @@ class Run:
             print(text, file=sys.stderr, flush=True)
 
 
-def main(argv=None):
+def main(argv=None, relative=None):
+    """relative: a file of extras/relatives, whose settings, student and step take our place."""
     # Settings, device, data.
-    config = settings.resolve(argv)
+    config = settings.resolve(argv, relative)
     device = devices.choose_device(config.device)
     rank, world = devices.start_processes(device)
     checkpoint.claim(config.out, rank)
@@ -212,19 +213,19 @@ def main(argv=None):
         if run.start == 0:
             report.evaluate_and_save(run, 0)
         with life.Watch(config.save_minutes, rank) as watch:
-            train(run, batches, watch)
+            train(run, batches, watch, relative.training_step if relative else training_step)
     if world > 1:
         distributed.barrier()
         distributed.destroy_process_group()
     report.conclude(run)
 
 
-def train(run, batches, watch):
+def train(run, batches, watch, one_step=training_step):
     """The loop over optimiser steps."""
     config, student, teachers, total = run.config, run.student, run.teachers, run.total
     half_lives = {"labelling": config.labelling_half_life,
                   "reconstruction": config.reconstruction_half_life}
-    called, one_step = prepare(run, batches)
+    called, one_step = prepare(run, batches, one_step)
     stream = batches.run(run.start, total)
     meter = report.start_meter(run)
     for step in range(run.start, total):
@@ -269,17 +270,17 @@ def train(run, batches, watch):
         watch.end_if_signalled(told, done, run.out, saved)
 
 
-def prepare(run, batches):
+def prepare(run, batches, one_step=training_step):
     """The student as the step calls it, shared out over processes; and the step, which --compile
     compiles with all that it calls: teachers, Sinkhorn, losses. `batches` is compiled in place.
 
     What looks at the networks (k-NN, pictures, checkpoints) uses the plain modules."""
-    called, one_step = run.student, training_step
+    called = run.student
     if world_size() > 1:
         gpu = [run.device.index] if run.device.type == "cuda" else None
         called = DistributedDataParallel(called, device_ids=gpu, gradient_as_bucket_view=True)
     if run.config.compile:                                 # every step has the same shapes
-        one_step = torch.compile(training_step, fullgraph=True, dynamic=False)
+        one_step = torch.compile(one_step, fullgraph=True, dynamic=False)
         batches.augment = torch.compile(batches.augment, fullgraph=True, dynamic=False)
     return called, one_step
 

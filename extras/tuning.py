@@ -166,6 +166,7 @@ def start(Config, task, description, argv):
 def new_encoder(config, like):
     """Random weights: of the geometry of another encoder, or, without one, of --model."""
     if like is not None:
+        weights.require_plain(like, "--from-scratch")
         _, patch_size, channels, D, depth, heads, hidden = weights.sizes(like).values()
         return VisionTransformer(config.img_size, patch_size, channels, D, depth, heads, hidden / D)
     patch_size = config.patch_size or SETS[config.data].patch

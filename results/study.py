@@ -15,7 +15,7 @@ off one plan: each takes the next run that no other has. So that other work is n
 for each core, each with one thread: OMP_NUM_THREADS=1 nice -n 19 python -m results.study ...
 
 Runs with the names `pixels` and `untrained` are yardsticks: raw pixels, or the network before
-training, on the images of that run.
+training, on the images of that run. Runs with the name of a file of extras/relatives train that.
 
 Runs compute in bf16. On CPUs with AVX512-BF16 this is faster. On others it is many times slower:
 there, say --precision fp32. On a GPU use --compile, and six processes or so at a time: they keep it
@@ -37,6 +37,7 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -48,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python r
 import eval
 import train
 from extras import detect, finetune, segment
+from support.checkpoint import RELATIVES
 from support.command_line import Parser, UsageError, path, run_main
 from support.files import append_json, read_json, read_json_lines
 
@@ -104,8 +106,9 @@ def folder_of(run, data_root):
 def train_and_judge(run, data_root, out, more):
     """Train a run (or continue it) -> what its line of results says of it. more: further flags."""
     start = time.perf_counter()
+    relative = import_module(f"extras.relatives.{run.name}") if run.name in RELATIVES else None
     train.main([*SETS[run.data].split(), *run.flags, "--data-root", folder_of(run, data_root),
-                "--out", str(out), "--seed", str(run.seed), *more])
+                "--out", str(out), "--seed", str(run.seed), *more], relative)
     row = describe_log(out)
     (out / "eval.jsonl").unlink(missing_ok=True)           # of a judgement that was cut off
     split = "validation" if run.stage == "search" else "test"
@@ -207,7 +210,8 @@ def main(argv=None):
             print(f"--- {run.stage}: {run.data}, {run.name}, seed {run.seed}", file=sys.stderr)
             try:
                 work = train_further if run.stage in FURTHER else train_and_judge
-                compiled = ["--compile"] * (options.compile and work is train_and_judge)
+                compiled = ["--compile"] * (options.compile and work is train_and_judge
+                                            and run.name != "greenmim")        # which cannot
                 row |= work(run, options.data, out, ["--precision", options.precision, *compiled])
             except (Exception, SystemExit) as error:       # the plan goes on; the line says why
                 if isinstance(getattr(error, "code", None), int) and error.code > 128:

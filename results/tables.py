@@ -1,18 +1,21 @@
-"""The tables of docs/results.md, out of results/study.jsonl, which study.py has written.
+"""The tables of the pages, out of results/study.jsonl, which study.py has written.
 
-    python -m results.tables    # writes them into docs/results.md, draws docs/results-SET.png
+    python -m results.tables    # writes them into the pages, draws docs/results-SET.png
 
-It also writes the short table of the README: means of the evidence.
+A table belongs on a page between two lines, `<!-- KIND ... -->` and `<!-- end -->`:
 
-For each stage and set of images docs/results.md has three. The first has the mean over seeds and,
-of several seeds, the least and the greatest value. The second has differences from one row, the
-baseline, *paired by seed*: a seed gives both runs the same order of images, crops and masks, so
-that most of its luck cancels. The third says what pseudo labels agree with. The pictures show the
-runs of the stages `evidence` and `photographs`, a point for each seed; and of the latter k-NN while
-they trained, a line for each recipe.
+    all STAGE SET               every run of a stage on a set of images, in three tables. The first
+                                has the mean over seeds, and in brackets the least and the greatest.
+                                The second has differences from one run, the baseline. The third
+                                says what pseudo labels agree with
+    summary SET                 the runs of SUMMARY, each with its flags of train.py
+    pick SET RUN ...            these runs, likewise
+    pair STAGE SET RUN OTHER    two runs, and their difference
 
-A page has a line `<!-- STAGE SET -->` where tables belong, and `<!-- end -->` below them. The
-README has `<!-- summary SET -->`.
+Differences are *paired by seed*: where both have as many views of an image, a seed gives them the
+same order of images, crops and masks, and most of its luck cancels. The pictures show the runs of
+the stages `evidence` and `photographs`, a point for each seed; and of the latter k-NN while they
+trained.
 """
 
 import re
@@ -28,20 +31,33 @@ from support.pictures import plt, save
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "study.jsonl"
-PAGES = [ROOT / "docs" / "results.md", ROOT / "README.md"]
-# Rows of the summary, in this order.
-SUMMARY = {
+PAGES = [ROOT / "docs" / "results.md", ROOT / "results" / "tables.md", ROOT / "README.md"]
+# Names of runs in words.
+WORDS = {
     "pixels": "raw pixels",
     "untrained": "untrained encoder",
-    "mae": "`mae`",
-    "mae-plain-pixels": "`mae`, plain pixels (`--no-norm-pix-loss`)",
-    "rc-mae": "`rc-mae`",
-    "image-labels": "`image-labels`: image pseudo labels alone",
-    "mim-cluster": "`mim-cluster`: one teacher, pixels in place of tokens",
-    "pl-mae-one-teacher": "`pl-mae-one-teacher`",
-    "pl-mae-one-teacher-0.3%": "the same, pseudo labels as fast as in `pl-mae`",
-    "pl-mae": "`pl-mae`",
+    "mae": "MAE",
+    "mae-plain-pixels": "MAE, pixels not standardised",
+    "mae-equal-time": "MAE, trained as long as pl-mae",
+    "rc-mae": "RC-MAE",
+    "image-labels": "image pseudo labels alone",
+    "mim-cluster": "one teacher, pixels",
+    "pl-mae-one-teacher": "one teacher, tokens",
+    "pl-mae-one-teacher-0.3%": "one teacher (0.3%), tokens",
+    "pl-mae": "two teachers, tokens: pl-mae",
+    "place-kept": "pl-mae, labels of patches keep the place",
+    "same-view": "pl-mae, teachers see the student's colours",
+    "without-koleo": "pl-mae without KoLeo",
+    "teachers-that-stand-still": "pl-mae, teachers that never change",
+    "temperature-0.2": "pl-mae, labels at a temperature of 0.2",
+    "scratch": "random weights",
+    "sdae": "SdAE",
+    "cae": "CAE",
+    "mixedae": "MixedAE",
+    "greenmim": "GreenMIM (another network)",
 }
+SUMMARY = list(WORDS)[:11]                                 # without the one of equal time
+SUMMARY.remove("mae-equal-time")
 EVIDENCE = ("evidence", "photographs")                     # stages that looked at the test split
 BASELINES = ("other-colours", "pl-mae")                    # the first of them that is there
 # Heading: task of eval.py, key of its record, key inside that. All are shares.
@@ -119,23 +135,49 @@ def differences_table(by_name, headings, baseline):
     return rows
 
 
-def summary_table(by_name):
-    """{name: {seed: row}} -> rows of texts: means, class token / mean of the patch tokens."""
-    rows = [["", "seeds", "k-NN", "linear", "patches, mIoU"]]
-    painted = any(score(row, "patches, mIoU") is not None
-                  for by_seed in by_name.values() for row in by_seed.values())
-    for name, title in SUMMARY.items():
-        if name in by_name:
-            found = {heading: [score(row, heading) for row in by_name[name].values()]
-                     for heading in SCORES}
-            means = {heading: f"{mean(values):.1f}" if None not in values else ""
-                     for heading, values in found.items()}
-            both = [f"{means[f'{task} class']} / {means[f'{task} mean']}"
-                    for task in ("k-NN", "linear")]
-            if name == "pixels":                           # which have no tokens
-                both = [means["k-NN class"], means["linear class"]]
-            rows.append([title, str(len(by_name[name])), *both, means["patches, mIoU"]])
-    return rows if painted else [row[:-1] for row in rows]
+def summary_table(by_name, names=SUMMARY):
+    """{name: {seed: row}} -> rows of texts: of the runs of these names, in that order."""
+    names = [name for name in names if name in by_name]
+    headings = headings_of(by_name[name] for name in names)
+    rows = [["", "flags of train.py", "seeds", *headings]]
+    for name in names:
+        runs = list(by_name[name].values())
+        flags = re.sub(r" ?--eval-every \d+", "", runs[0].get("flags", ""))
+        if runs[0]["stage"] == "relatives":
+            flags = f"of extras.relatives: {name} {flags}"
+        flags = f"`{flags}`" if name not in ("pixels", "untrained") else "none: nothing is trained"
+        rows.append([WORDS[name], flags, str(len(runs)), *ranges(runs, headings)])
+    return rows
+
+
+def pair_table(by_name, name, other):
+    """{name: {seed: row}} -> rows of texts: two runs of the seeds that both have, and the first
+    minus the second."""
+    seeds = [seed for seed in by_name[name] if seed in by_name[other]]
+    headings = headings_of([by_name[name], by_name[other]])
+    rows = [["", "seeds", *headings]]
+    for each in (name, other):
+        runs = [by_name[each][seed] for seed in seeds]
+        rows.append([WORDS.get(each, each), str(len(seeds)), *ranges(runs, headings)])
+    cells = []
+    for heading in headings:
+        pairs = [(score(by_name[name][seed], heading), score(by_name[other][seed], heading))
+                 for seed in seeds]
+        cells.append(with_range([a - b for a, b in pairs if None not in (a, b)], "+"))
+    return [*rows, ["difference", "", *cells]]
+
+
+def headings_of(runs):
+    """The scores that some row of the runs, each {seed: row}, has."""
+    rows = [row for by_seed in runs for row in by_seed.values()]
+    return [heading for heading in SCORES
+            if any(score(row, heading) is not None for row in rows)]
+
+
+def ranges(rows, headings):
+    """Of each score the mean over rows, with the least and the greatest."""
+    found = [[score(row, heading) for row in rows] for heading in headings]
+    return [with_range([value for value in values if value is not None]) for values in found]
 
 
 def labels_table(by_name):
@@ -159,38 +201,53 @@ def markdown(rows):
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
-def tables(rows):
-    """All rows of results -> {(stage, data): Markdown}; failed runs are left out."""
-    grouped = {}
+def by_run(rows, stage, data):
+    """Rows of results of a stage and set -> {name: {seed: row}}; failed runs are left out."""
+    by_name = {}
     for row in rows:
-        if "error" not in row:
-            by_name = grouped.setdefault((row["stage"], row["data"]), {})
+        if (row["stage"], row["data"]) == (stage, data) and "error" not in row:
             by_name.setdefault(row["name"], {})[row["seed"]] = row
-    found = {}
-    for (stage, data), by_name in grouped.items():
-        headings = [heading for heading in SCORES
-                    if any(score(row, heading) is not None
-                           for by_seed in by_name.values() for row in by_seed.values())]
-        text = markdown(scores_table(by_name, headings))
-        baseline = next((name for name in BASELINES if name in by_name), None)
-        if baseline and len(by_name) > 1:
-            text += "\n\n" + markdown(differences_table(by_name, headings, baseline))
-        labels = labels_table(by_name)
-        if len(labels) > 1:
-            text += "\n\n" + markdown(labels)
-        found[stage, data] = text
-        if stage in EVIDENCE:
-            found["summary", data] = markdown(summary_table(by_name))
-    return found
+    return by_name
+
+
+def all_tables(by_name):
+    """{name: {seed: row}} -> Markdown."""
+    headings = headings_of(by_name.values())
+    text = markdown(scores_table(by_name, headings))
+    baseline = next((name for name in BASELINES if name in by_name), None)
+    if baseline and len(by_name) > 1:
+        text += "\n\n" + markdown(differences_table(by_name, headings, baseline))
+    labels = labels_table(by_name)
+    return text if len(labels) == 1 else text + "\n\n" + markdown(labels)
+
+
+def table(rows, kind, *where):
+    """What a page asks for, as Markdown; "" where there are no such results."""
+    if kind in ("summary", "pick"):
+        data, *names = where
+        by_name = {}
+        for stage in ("relatives", *EVIDENCE):
+            by_name |= by_run(rows, stage, data)
+        return markdown(summary_table(by_name, names or SUMMARY)) if by_name else ""
+    by_name = by_run(rows, *where[:2])
+    if kind == "all":
+        return all_tables(by_name) if by_name else ""
+    return markdown(pair_table(by_name, *where[2:]))
+
+
+def in_order(names):
+    """Each name once, in the order of WORDS; others behind."""
+    order = list(WORDS)
+    return sorted(dict.fromkeys(names), key=lambda name: order.index(name) if name in order
+                  else len(order))
 
 
 def picture(rows, path):
     """Runs on one set of images: a panel for each score, a line for each name, a point for each
     seed and a mark at their mean."""
-    headings = [heading for heading in SCORES if any(score(row, heading) is not None
-                                                     for row in rows)]
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    size = (2.2 * len(headings) + 1.8, 0.34 * len(names) + 1)
+    headings = headings_of([dict(enumerate(rows))])
+    names = in_order(row["name"] for row in rows)
+    size = (2.2 * len(headings) + 3.4, 0.34 * len(names) + 1)
     figure, axes = plt.subplots(1, len(headings), figsize=size, sharey=True, layout="constrained")
     for axis, heading in zip(axes, headings):
         for line, name in enumerate(names):
@@ -200,7 +257,7 @@ def picture(rows, path):
             if values:
                 axis.plot(mean(values), line, "|", color="black", markersize=14)
         axis.set_title(f"{heading}, %", fontsize=10)
-        axis.set_yticks(range(len(names)), names)
+        axis.set_yticks(range(len(names)), [WORDS.get(name, name) for name in names])
         axis.grid(alpha=0.3)
     axes[0].invert_yaxis()                                 # the first name on top
     save(figure, path)
@@ -211,14 +268,14 @@ def curves_picture(rows, path):
     recipe (the mean over its seeds), and a band from the least to the greatest seed."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
     for axis, token, title in zip(axes, (0, 1), ("class token", "mean of the patch tokens")):
-        for name in dict.fromkeys(row["name"] for row in rows if "last" in row):
+        for name in in_order(row["name"] for row in rows if "last" in row):
             runs = [row for row in rows if row["name"] == name]
             epochs = list(runs[0]["knn_by_epoch"])
             views = [float(epoch) * runs[0]["views_per_epoch"] / 1e6 for epoch in epochs]
             scores = [[100 * run["knn_by_epoch"][epoch][token] for run in runs]
                       for epoch in epochs]
-            [line] = axis.plot(views, [mean(each) for each in scores], "o-", label=name,
-                               markersize=3)
+            [line] = axis.plot(views, [mean(each) for each in scores], "o-", markersize=3,
+                               label=WORDS.get(name, name))
             axis.fill_between(views, [min(each) for each in scores],
                               [max(each) for each in scores], alpha=0.2, color=line.get_color())
         axis.set_title(title, fontsize=10)
@@ -229,14 +286,15 @@ def curves_picture(rows, path):
     save(figure, path)
 
 
-def fill(page, found):
-    """The text of a page with the tables, {(stage, data): Markdown}, put where they belong."""
+def fill(page, rows):
+    """The text of a page with the tables, made of rows of results, put where they belong."""
     def put(match):
-        place = tuple(match[1].split())
-        inside = f"\n{found[place]}\n\n" if place in found else ""
+        found = table(rows, *match[1].split())
+        inside = f"\n{found}\n\n" if found else ""
         return f"<!-- {match[1]} -->\n{inside}<!-- end -->"
 
-    return re.sub(r"<!-- (\S+ \S+) -->\n.*?<!-- end -->", put, page, flags=re.DOTALL)
+    return re.sub(r"<!-- ((?:all|summary|pick|pair) [^>]+) -->\n.*?<!-- end -->", put, page,
+                  flags=re.DOTALL)
 
 
 def main(argv=None):
@@ -245,12 +303,12 @@ def main(argv=None):
                         help="a file of results/study.py")
     parser.add_argument("--pages", nargs="+", default=PAGES, type=path, metavar="FILE",
                         help="where tables go, and beside the first of them pictures (default: "
-                        "docs/results.md README.md)")
+                        "docs/results.md results/tables.md README.md)")
     options = parser.parse_args(argv)
     rows = read_json_lines(options.results)
     pages = list(map(Path, options.pages))
     for each in pages:
-        page = fill(each.read_text("utf-8"), tables(rows)).encode()
+        page = fill(each.read_text("utf-8"), rows).encode()
         write_atomically(each, lambda file: file.write(page))
     folder = pages[0].parent
     for stage, data in dict.fromkeys((row["stage"], row["data"]) for row in rows):

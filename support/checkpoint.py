@@ -22,6 +22,7 @@ import json
 import os
 import sys
 import zipfile
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +37,14 @@ from support.settings import FREE, architecture
 from teachers import make_teachers
 
 NAME, PREVIOUS = "checkpoint.pt", "previous.pt"
+RELATIVES = ("sdae", "cae", "mixedae", "greenmim")         # each a file in extras/relatives
+
+
+def new_student(arch, recipe):
+    """A `Student` with new weights, of the recipe. arch: `settings.architecture`."""
+    if recipe in RELATIVES:
+        return import_module(f"extras.relatives.{recipe}").Student(**arch)
+    return Student(**arch)
 
 
 def save_checkpoint(path, content, keep=None):
@@ -194,7 +203,7 @@ def load_run(path):
         raise UsageError(f"--checkpoint {path}: is not of this train.py, so it has no teachers and "
                          "no pseudo labels; use knn or linear")
     config = SimpleNamespace(**file["config"], mean=file["mean"], std=file["std"])
-    student = Student(**file["arch"])
+    student = new_student(file["arch"], config.recipe)
     student.load_state_dict(file["student"])
     student.eval().requires_grad_(False)
     teachers = make_teachers(student, config)

@@ -141,6 +141,9 @@ def choose(data, root, config):
     if data is None:
         raise UsageError("--data: this checkpoint does not name a data set; name one")
     if data == config.get("data"):
+        if not root and data in ("imagefolder", "coco") and not Path(config["data_root"]).is_dir():
+            raise UsageError(f"--data-root: the run read {config['data_root']}, which is not to be "
+                             "found from here; name the folder")
         return data, root or config["data_root"]
     if data in ("imagefolder", "coco") and not root:
         raise UsageError("--data-root: name the folder of the images")
@@ -315,6 +318,11 @@ def account(root, base, walked):
     if unnamed and base == root:
         text = (text or f"{base}") + (f"; all of it is one set without classes; if "
                                       f"{shortened(unnamed)} is a part, call it train or test")
+    deeper = [name for name in there if (root / name).is_dir() and part_of(root / name, "train")]
+    if deeper and base == root:
+        text = (text or f"{base}") + (f"; all of it is one set without classes, also "
+                                      f"{deeper[0]}/train; if that is the set, use --data-root "
+                                      f"{root / deeper[0]}")
     return text
 
 

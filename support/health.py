@@ -175,7 +175,7 @@ def reconstruct(student, teacher, config, images, ids, noise, mean, std, device)
 def effective_rank(x):
     """exp of the entropy of the normalised singular values of centred features n D: how many
     directions are in use, 1 to D (RankMe, Garrido et al. 2023, who do not centre)."""
-    s = torch.linalg.svdvals(x - x.mean(0))
+    s = torch.linalg.svdvals((x - x.mean(0)).cpu())        # few devices have it
     p = s / s.sum().clamp(min=1e-12)
     return round(torch.special.xlogy(p, p).sum().neg().exp().item(), 2)
 
@@ -266,6 +266,30 @@ def agreements(labels, teacher, config, images, ids, mean, std, device):
     if "image" in labels:
         found |= two_views_agree(teacher, config, images, ids, mean, std, device)
     return found
+
+
+def purest_and_least_pure(name, cluster, images, ids, grid, each=3, least=8):
+    """{cluster: "cluster 10: 86% lattice"}, the share of its commonest class: the purest clusters,
+    and the least pure ones, of those that `least` images share; {} where nothing tells true classes
+    apart.
+
+    Of the pseudo labels `name` of the images at ids, cluster n or n N. The class of a patch is that
+    of most of its pixels; where that is mostly ground (0), a cluster is left out."""
+    if name == "image" and len(images.classes) > 1 and (images.y[ids] >= 0).all():
+        of, names = images.y[ids], images.classes
+    elif name == "patch" and "masks" in images.targets:
+        masks = masks_of(images, ids[:len(cluster)])
+        of = pixels_of_classes(masks, images.size, grid, classes_in(masks)).argmax(-1)
+        names = [None, *images.classes]
+    else:
+        return {}
+    counts = table(cluster.flatten(), of.flatten())                                # clusters x C
+    rows = [(of_it.max() / of_it.sum(), number, names[of_it.argmax()])
+            for number, of_it in enumerate(counts)
+            if (cluster == number).view(len(cluster), -1).any(1).sum() >= least]
+    rows = sorted((row for row in rows if row[2] is not None), reverse=True)
+    shown = rows[:each] + rows[max(each, len(rows) - each):]
+    return {number: f"cluster {number}: {share:.0%} {of_it}" for share, number, of_it in shown}
 
 
 def beside_chance(name, agreement, cluster, other):
@@ -374,4 +398,7 @@ def signs_of_collapse(record):
     if record.get("rec_between", 1) < 0.05:
         signs.add("the token targets hardly differ between images: they can be predicted without "
                   "looking")
+    if record.get("align_variance", 1) < 0.05:             # of a new network more than twice that
+        signs.add("the tokens to be predicted hardly differ, so that their variance falls with the "
+                  "alignment: the encoder makes all alike; try a lower --align-weight")
     return signs

@@ -27,6 +27,8 @@ LOSSES = {
     "image": ("image pseudo labels", "image_ln_k", "ln K (image)"),
     "patch": ("patch pseudo labels", "patch_ln_k", "ln K (patch)"),
     "consistency": ("consistency", None, None),
+    "align": ("alignment", "align_variance", "variance of its target"),
+    "contrast": ("contrast", "contrast_alike", "ln(N - 1)"),
 }
 LABELS = ("image", "patch")
 
@@ -185,22 +187,23 @@ def surroundings(picture, place, grid, reach=1):
     return cut
 
 
-def galleries(labels, certainty, pictures, grid=None, clusters=6, columns=8):
-    """{cluster: pictures} of the samples that share a pseudo label: the commonest clusters, in each
-    the most certain samples first, at most one of an image.
+def galleries(labels, certainty, pictures, grid=None, clusters=6, columns=8, chosen=()):
+    """{cluster: pictures} of the samples that share a pseudo label, in each cluster the most
+    certain samples first, at most one of an image.
 
     labels      integers, n (of images) or n N (of patches; then with grid, and shown in their
                 surroundings)
     certainty   floats of the same shape: the cosine of a token with the prototype of its cluster.
                 The labels' own probabilities would not do: at a low temperature all are 1
-    pictures    n or more"""
+    pictures    n or more
+    chosen      clusters to show; if empty, the commonest ones"""
     patches = 1 if grid is None else labels.shape[1]
     labels = np.asarray(labels).ravel()                                                  # (n N)
     certainty = np.asarray(certainty).ravel()
     sizes = np.bincount(labels)
     commonest = np.argsort(-sizes, kind="stable")[:clusters]
     rows = {}
-    for cluster in commonest[sizes[commonest] > 0].tolist():
+    for cluster in chosen or commonest[sizes[commonest] > 0].tolist():
         members = np.flatnonzero(labels == cluster)
         members = members[np.argsort(-certainty[members], kind="stable")]
         _, first = np.unique(members // patches, return_index=True)       # the best of each image
@@ -215,18 +218,21 @@ def galleries(labels, certainty, pictures, grid=None, clusters=6, columns=8):
 def clusters(found, pictures, grid, path):
     """Draw clusters.png: images, and patches in their surroundings, a row for each cluster.
 
-    found: {"image": (labels n, cosines n), "patch": (labels m N, cosines m N)}, one or both;
-    they are of the first n and the first m of the pictures."""
+    found: {"image": (labels n, cosines n, titles), "patch": (labels m N, cosines m N, titles)},
+    one or both; they are of the first n and the first m of the pictures. titles: {cluster: text} of
+    the clusters to show; if empty, the commonest."""
     titles = {
         "image": "images that share an image pseudo label",
         "patch": "patches that share a patch pseudo label",
     }
     size = (9 * len(found), 7)
     figure, axes = plt.subplots(1, len(found), figsize=size, squeeze=False, layout="constrained")
-    for axis, (name, (labels, cosines)) in zip(axes[0], found.items()):
-        rows = galleries(labels, cosines, pictures, grid if name == "patch" else None)
+    for axis, (name, (labels, cosines, chosen)) in zip(axes[0], found.items()):
+        rows = galleries(labels, cosines, pictures, grid if name == "patch" else None,
+                         chosen=list(chosen))
         axis.set_title(titles[name])
-        mosaic(axis, {f"cluster {cluster}": shown for cluster, shown in rows.items()})
+        mosaic(axis, {chosen.get(cluster, f"cluster {cluster}"): shown
+                      for cluster, shown in rows.items()})
     save(figure, path)
 
 

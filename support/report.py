@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from data import generator
+from mae import VisionTransformer
 from support import checkpoint
 from support.datasets import part_of
 from support.devices import best_precision, peak_memory
@@ -26,6 +27,7 @@ from support.health import (
     count_labels,
     health,
     monitor,
+    purest_and_least_pure,
     reconstruct,
     signs_of_collapse,
 )
@@ -107,7 +109,7 @@ def start_meter(run):
 def describe_targets(targets, config):
     """What a prediction of the token targets would lose that does not look at the image, and how
     much of their variance lies between images."""
-    if config.target != "tokens":
+    if config.target != "tokens" or "rec" not in targets:  # sdae: not of all patches
         return {}
     constant, share = between_images(targets["rec"])
     found = {"rec_constant": constant.item()}
@@ -149,6 +151,11 @@ def line(record):
             parts.append(beside(record, name, f"{name}_ln_k", "ln K"))
     if "koleo" in record:
         parts.append(f"koleo {record['koleo']:.3f}")
+    if "align" in record:                                  # cae
+        parts.append(beside(record, "align", "align_variance", "variance"))
+    if "contrast" in record:                               # mixedae
+        parts.append(beside(record, "contrast", "contrast_alike", "alike"))
+        parts.append(f"(apart {record['contrast_apart']:.2f})")
     parts.append(f"{record['images_per_s']:.0f} images/s")
     if "peak_memory_gb" in record:
         parts.append(f"peak {record['peak_memory_gb']:.1f} GB")
@@ -225,16 +232,19 @@ def evaluate_and_save(run, step):
                                subset(shown_ids, 200), noise, mean, std, run.device)
             draw_rows(rows, run.out / "reconstructions.png")
         if teacher is not None:
-            shown = {name: (each.cluster, each.cosine) for name, each in labels.items()}
+            shown = {name: (each.cluster, each.cosine, purest_and_least_pure(
+                name, each.cluster, run.images, labelled_ids, encoder.grid))
+                for name, each in labels.items()}
             pictures = to_pictures(standardised(run.images, labelled_ids, mean, std), mean, std)
             clusters(shown, pictures, encoder.grid, run.out / "clusters.png")
+    first = run.look_s == 0                                # of this process: the run may continue
     before, run.looked = run.looked, time.perf_counter()
     run.look_s = run.looked - start
     share = run.look_s / (run.looked - before)             # of the time since the last one
     if step:
         for text in evaluation_lines(found, run):
             run.say(f"   {text}")
-    if 0 < step < run.total and share > 0.05 and "looks" not in run.warned:
+    if step < run.total and share > 0.05 and not first and "looks" not in run.warned:
         run.warned.add("looks")
         run.say(f"   such a look takes {run.look_s:.0f} s, {share:.0%} of the time; to look less "
                 f"often raise --eval-every (now {config.eval_every} epochs)")
@@ -273,10 +283,12 @@ def conclude(run):
                 f"{first['knn_class']:.1%} and {last['knn_class']:.1%}, mean token "
                 f"{first['knn_mean']:.1%} and {last['knn_mean']:.1%}")
     root = Path(run.config.data_root)
-    can_test = (run.images.y >= 0).any() and len(run.images.classes) > 1 and (
-        run.config.data != "imagefolder" or part_of(root, "test") or part_of(root, "val"))
-    following = f"; next: python eval.py linear --checkpoint {path}" if can_test else ""
-    run.say(f"done: {path} and its pictures{following}")
+    following = "linear"
+    if run.config.data == "imagefolder" and not (part_of(root, "test") or part_of(root, "val")):
+        following = "linear --split validation"
+    if not len(run.val_ids) or len(run.images.classes) < 2:
+        following = "features --split train --pictures"    # neighbours, which ask for no class
+    run.say(f"done: {path} and its pictures; next: python eval.py {following} --checkpoint {path}")
 
 
 # ------------------------------------------------------------------------- what eval.py found
@@ -381,7 +393,9 @@ def draw_evaluated(evaluated, n=8, nearest=6):
     if len(few) > 1:
         draw_components(*first_components(shown_x[few]), images.y[shown[few]], images.classes,
                         title, evaluated.output_path("components", ".png"))
-    if token != "pixels":
+    if token != "pixels" and not isinstance(evaluated.encoder, VisionTransformer):
+        print(f"{evaluated.name}: no attention.png, as it has no class token", file=sys.stderr)
+    elif token != "pixels":
         imgs = standardised(images, shown[chosen], *mean_std)
         maps = class_attention(evaluated.encoder, imgs.to(evaluated.device)).cpu()     # n heads N
         rows = {"image": to_pictures(imgs, *mean_std)}

@@ -57,7 +57,7 @@ class Config:
     """Everything that decides a run. Kept in config.json and the checkpoint; each field is a flag.
 
     Defaults of the method that name no source and are not called "not tuned" were measured, on
-    CIFAR-10 (JPEG) or on shapes: see docs/results.md."""
+    CIFAR-10 (JPEG) or on shapes: see results/tables.md."""
     recipe: str = option("pl-mae", "row of settings, which flags override", choices=list(RECIPES))
     model: str = option("micro", "size of the encoder and its decoder", choices=list(SIZES))
     data: str = option("shapes", "data set", choices=list(SETS))
@@ -182,7 +182,7 @@ class Config:
     workers: int = option(
         None, "processes that decode images, where the data set streams from the disk (default: "
         "the cores of the machine, shared out among the processes of the run, 16 at most)",
-        range=POSITIVE)
+        range=(0, 256))
     resident_gb: float = option(
         4.0, "a data set up to this size is kept in memory, shrunk to --img-size before it is "
         "cropped; larger ones stream, cropped from the files at full size", range=POSITIVE)
@@ -199,19 +199,28 @@ FREE = {"data_root", "out", "eval_every", "log_every", "save_minutes", "device",
         "compile"}
 
 
-def resolve(argv=None):
-    """The command line -> Config with nothing left open but "auto". Raises UsageError."""
-    given = given_flags(Config, argv, "Train a masked autoencoder with pseudo labels and two "
-                        "teachers, on a laptop or on several GPUs.",
+def resolve(argv=None, relative=None):
+    """The command line -> Config with nothing left open but "auto". Raises UsageError.
+
+    relative: a file of extras/relatives; it has a row of settings, further flags, and a check."""
+    kind, recipes, about = Config, RECIPES, (
+        "Train a masked autoencoder with pseudo labels and two teachers, on a laptop or on several "
+        "GPUs.")
+    if relative:
+        kind, about = relative.Config, relative.__doc__.split("\n\n")[0]
+        recipes = {kind.recipe: relative.SETTINGS}
+    own = [field.name for field in dataclasses.fields(kind)][len(dataclasses.fields(Config)):]
+    given = given_flags(kind, argv, about,
                         "Defaults are for photographs; a data set or a recipe may have others, "
                         "which are printed when a run starts. Several GPUs: torchrun "
-                        "--nproc-per-node N train.py ...", GROUPS)
+                        "--nproc-per-node N train.py ...",
+                        GROUPS | {name: f"of {kind.recipe}" for name in own[:1]})
     data = given.get("data", Config.data)
-    recipe = given.get("recipe", Config.recipe)
+    recipe = given.get("recipe", kind.recipe)
     row = DATA_ROWS.get(data, {})
     if data == "imagefolder":
-        row = row_of_folder(RECIPES[recipe] | given)
-    config = Config(**(row | RECIPES[recipe] | given))
+        row = row_of_folder(recipes[recipe] | given, kind)
+    config = kind(**(row | recipes[recipe] | given))
     config.img_size = config.img_size or SETS[data].size
     config.patch_size = config.patch_size or SETS[data].patch
     config.eval_every = config.eval_every or max(1, -(-config.epochs // 10))       # rounded up
@@ -220,6 +229,8 @@ def resolve(argv=None):
         source = Path(config.data_root).resolve().name if data == "imagefolder" else data
         config.out = f"runs/{recipe}-{source}-{config.model}"
     check(config)
+    if relative:
+        relative.check(config)
     root = Path(config.data_root).resolve()
     if data == "imagefolder" and Path(config.out).resolve() in (root, root / "train"):
         raise UsageError(f"--out {config.out}: is the folder of the images; use another one")
@@ -234,12 +245,12 @@ def resolve(argv=None):
     return config
 
 
-def row_of_folder(given):
+def row_of_folder(given, kind=Config):
     """The row of a folder of photographs, by a look at it; {} if there are none.
 
     Few images want a small batch and many epochs; a small network, small images. given: the row of
-    the recipe and the flags, which what they leave open has to suit."""
-    check_ranges(Config(**given))          # before anything is divided by them
+    the recipe and the flags, which what they leave open has to suit. kind: of the Config."""
+    check_ranges(kind(**given))            # before anything is divided by them
     images, side = look(given.get("data_root", Config.data_root),
                         given.get("val_fraction", Config.val_fraction))
     if not images:
@@ -347,7 +358,8 @@ def describe(config):
 # ------------------------------------------------------------- what follows from the settings
 
 def architecture(config, channels):
-    """The arguments of `Student`: plain numbers, kept in the checkpoint.
+    """The arguments of `Student`: plain numbers, kept in the checkpoint. Relatives (`of_student`)
+    have further ones.
 
     config: also that of an earlier checkpoint, which says nothing of heads."""
     target_dim = {"pixels": None, "tokens": SIZES[config.model]["embed_dim"], "none": 0}
@@ -357,7 +369,8 @@ def architecture(config, channels):
                 in_chans=channels, mlp_ratio=4.0, norm_pix_loss=config.norm_pix_loss,
                 target_dim=target_dim[config.target],
                 image_clusters=config.image_clusters if config.image_weight else 0,
-                patch_clusters=config.patch_clusters if config.patch_weight else 0)
+                patch_clusters=config.patch_clusters if config.patch_weight else 0,
+                **{name: getattr(config, name) for name in getattr(config, "of_student", ())})
 
 
 def kept_network(config):

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from mae import MaskedAutoencoder, VisionTransformer, pair
-from support.checkpoint import is_of_train, load_checkpoint, save_checkpoint
+from mae import VisionTransformer, pair
+from support.checkpoint import is_of_train, load_checkpoint, new_student, save_checkpoint
 from support.command_line import UsageError, flag, make_folder, numbers, say
 from support.files import write_atomically
 from support.images import IMAGENET_MEAN, IMAGENET_STD, image_transform
@@ -189,6 +189,7 @@ def export(encoder, info, folder):
     config.json, preprocessor_config.json, model.safetensors (where that package is installed, else
                      pytorch_model.bin)     a ViTModel of Hugging Face, and how it wants images
     load.py          the lines"""
+    require_plain(encoder, "export")
     folder = Path(folder)
     make_folder(folder, "--out")
     (H, W), (ph, pw), channels, D, depth, heads, hidden = sizes(encoder).values()
@@ -291,16 +292,26 @@ def load_network(path, network=None, img_size=None, **assumed):
             raise UsageError("--network untrained: needs a checkpoint of train.py; `train.py "
                              "--epochs 0` writes one")
         torch.manual_seed(info["config"]["seed"])          # what a run without --init began with
-        encoder = MaskedAutoencoder(**mae_arguments(info["arch"])).encoder.eval()
+        encoder = new_student(info["arch"], info["config"]["recipe"]).mae.encoder.eval()
     info["network"] = network or info["network"]
     if img_size:
         resize_positions(encoder, img_size)
     return encoder, info
 
 
+def require_plain(encoder, what):
+    """Raises UsageError for an encoder that is no VisionTransformer: GreenMIM's."""
+    if not isinstance(encoder, VisionTransformer):
+        raise UsageError(f"{what}: only plain vision transformers can do that; use the checkpoint "
+                         "of another recipe")
+
+
 def resize_positions(encoder, img_size):
     """Make the encoder take images of another size, an int or (H, W), in place. Between the places
     it knows, the codes of places are interpolated (bicubic, as in MAE's fine-tuning)."""
+    if pair(img_size) == tuple(encoder.img_size):
+        return
+    require_plain(encoder, f"--img-size {img_size}")
     (H, W), (ph, pw) = pair(img_size), encoder.patch_size
     if H % ph or W % pw:
         raise UsageError(f"--img-size {H}x{W}: its patches of {ph}x{pw} do not divide it; use "
@@ -327,7 +338,7 @@ def encoder_of_run(path, file, network):
             there = [name for name, key in NETWORKS.items() if key in file]
             raise UsageError(f"--network {network}: checkpoint {path} has none; it has "
                              f"{', '.join(there) or 'no network of this train.py'}")
-        encoder = MaskedAutoencoder(**mae_arguments(file["arch"])).encoder
+        encoder = new_student(file["arch"], file["config"]["recipe"]).mae.encoder
         prefix = "mae.encoder." if network == "student" else "encoder."
         state = {name.removeprefix(prefix): value for name, value in file[NETWORKS[network]].items()
                  if name.startswith(prefix)}
@@ -341,11 +352,6 @@ def encoder_of_run(path, file, network):
                          f"({type(error).__name__}: {str(error).splitlines()[0]}); use the "
                          "version that wrote it, or another file") from error
     return encoder, dict(info, network=network)
-
-
-def mae_arguments(arch):
-    """Of the arguments of `Student` those of its MaskedAutoencoder."""
-    return {k: v for k, v in arch.items() if k not in ("image_clusters", "patch_clusters")}
 
 
 EXPORTED = {"model", "mean", "std", "num_heads", "img_size"}       # what a file of `export` holds

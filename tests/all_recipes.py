@@ -1,10 +1,13 @@
 """Every recipe, and every way to balance pseudo labels and to standardise targets, trained one
-after another: by test_step.py in its own process, and by torchrun in two.
+after another: by test_step.py in its own process, and by torchrun in two. And the relatives, by
+test_relatives.py.
 
-    python all_recipes.py OUT FLAG ..."""
+    python all_recipes.py OUT FLAG ...
+    python all_recipes.py relatives OUT FLAG ..."""
 
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from torch import distributed
@@ -15,7 +18,7 @@ from conftest import TOY_SIZE  # noqa: E402
 
 import train  # noqa: E402
 from mae import SIZES  # noqa: E402
-from support import datasets, report, settings  # noqa: E402
+from support import checkpoint, datasets, report, settings  # noqa: E402
 
 VARIANTS = {recipe: ["--recipe", recipe] for recipe in settings.RECIPES} | {
     "centring": ["--balancing", "centring", "--standardise", "position", "--labelled-patches",
@@ -25,6 +28,7 @@ VARIANTS = {recipe: ["--recipe", recipe] for recipe in settings.RECIPES} | {
                                "--accumulate", "2"],
     "same-view": ["--teacher-view", "same", "--standardise", "none", "--remove-place"],
 }
+RELATIVES_SIZE = TOY_SIZE | dict(depth=4, decoder_embed_dim=32)        # two stages of two blocks
 
 
 def main(out, *flags):
@@ -32,7 +36,14 @@ def main(out, *flags):
         train.main([*flags, *own, "--out", str(Path(out) / name)])
 
 
-def in_two_processes(out, *flags):
+def relatives(out, *flags):
+    for name in checkpoint.RELATIVES:
+        SIZES["micro"] = RELATIVES_SIZE
+        relative = import_module(f"extras.relatives.{name}")
+        train.main([*flags, "--out", str(Path(out) / name)], relative)
+
+
+def in_two_processes(main, out, *flags):
     """All of them in one process group, as gloo cannot soon start another one. No pictures: rank 0
     alone draws these. `mae` computes each step in two micro-batches as well."""
     SIZES["micro"] = TOY_SIZE
@@ -54,4 +65,7 @@ def in_two_processes(out, *flags):
 
 
 if __name__ == "__main__":
-    in_two_processes(*sys.argv[1:])
+    if sys.argv[1] == "relatives":
+        in_two_processes(relatives, *sys.argv[2:])
+    else:
+        in_two_processes(main, *sys.argv[1:])

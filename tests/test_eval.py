@@ -16,6 +16,7 @@ from mae import SIZES
 from pseudo_labels import Student
 from support import pictures, probes, report, shapes, weights
 from support.checkpoint import load_run
+from support.command_line import UsageError
 from support.settings import kept_network
 from support.weights import load_encoder, to_official
 
@@ -454,3 +455,12 @@ def test_networks_that_are_not_there(small_run, refused, no_pictures):
     assert "it has student, reconstruction-teacher" in words
     for network in ("pixels", "untrained"):
         assert "has no pseudo labels" in refused("diagnose", *run, "--network", network)
+
+
+def test_a_run_whose_images_have_moved_asks_for_them(small_run, photos, tmp_path, no_pictures):
+    there = tmp_path / "there"
+    there.symlink_to(photos)
+    train.main([*small_run, "--epochs", "0", "--data-root", str(there)])
+    there.unlink()
+    with pytest.raises(UsageError, match=f"the run read {there}, which is not to be found"):
+        evaluation.main(["knn", "--checkpoint", f"{small_run[-1]}/checkpoint.pt"])

@@ -1,6 +1,7 @@
 """A walk over a folder accounts for every entry; classes are what they are taken for."""
 
 import os
+import shutil
 import unicodedata
 
 import pytest
@@ -249,3 +250,9 @@ def test_a_class_written_in_two_ways_is_said(tmp_path, capsys):
         put(*(root / "train" / unicodedata.normalize(way, "ä") / f"{i}.png" for i in range(2)))
     found, said = train_images(root, capsys)
     assert found.classes == ["a", "b", "ä"] and "are one class: ä" in said
+
+
+def test_a_set_one_folder_deeper_is_pointed_at(photos, tmp_path, capsys):
+    shutil.copytree(photos, tmp_path / "download" / "photos")
+    assert len(load_images("imagefolder", tmp_path / "download", "train", 16)) == 90
+    assert f"use --data-root {tmp_path / 'download' / 'photos'}" in capsys.readouterr().err

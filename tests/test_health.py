@@ -395,6 +395,21 @@ def test_purity_is_the_accuracy_of_naming_clusters():
 
 # ----------------------------------------------------------------------------- the health of labels
 
+def test_purest_and_least_pure_clusters():
+    """Of 5 clusters of 10 images, 10, 9, 5, 7 and 7 of one class; one of a single image is none."""
+    images = some_images(51, classes=["cat", "dog"])
+    cluster = torch.arange(51) // 10
+    images.y = torch.tensor([1] * 10 + [0] + [1] * 9 + [0, 1] * 5 + ([1, 1, 1] + [0] * 7) * 2 + [0])
+    ids, grid = torch.arange(51), (4, 4)
+    found = health.purest_and_least_pure("image", cluster, images, ids, grid, each=1)
+    assert found == {0: "cluster 0: 100% dog", 2: "cluster 2: 50% cat"}
+    order = list(health.purest_and_least_pure("image", cluster, images, ids, grid))
+    assert order == [0, 1, 4, 3, 2]
+    images.y[3] = -1                       # a class is not known
+    assert health.purest_and_least_pure("image", cluster, images, ids, grid) == {}
+    assert health.purest_and_least_pure("patch", cluster, images, ids, grid) == {}
+
+
 def test_health():
     spread = health.health(count_labels(torch.eye(4).repeat(3, 1)))
     want = dict(entropy=0, clusters=4, effective=4, largest=0.25)

@@ -65,15 +65,15 @@ def test_support_looks_up_as_little_as_possible():
 def test_nothing_imports_extras_or_results():
     for path in (*ROOT.glob("*.py"), *ROOT.glob("support/*.py")):
         assert not {name.split(".")[0] for name in imports(path)} & {"extras", "results"}, path.name
-    for path in ROOT.glob("extras/*.py"):
+    for path in ROOT.glob("extras/**/*.py"):
         assert "results" not in {name.split(".")[0] for name in imports(path)}, path.name
 
 
 def test_no_file_imports_itself_in_a_circle():
     """`support.ranks` of `from support.ranks import alone` is the longest part that is a file."""
     files = {}
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("extras/*.py")):
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("extras/**/*.py")):
         files[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
-    graph = {name: {".".join(each.split(".")[:n]) for each in imports(path) for n in (1, 2)}
+    graph = {name: {".".join(each.split(".")[:n]) for each in imports(path) for n in (1, 2, 3)}
              & files.keys() for name, path in files.items()}
     list(TopologicalSorter(graph).static_order())          # raises CycleError

@@ -118,8 +118,8 @@ def test_curves_without_labelled_images_or_losses(log, tmp_path):
 
 
 def test_clusters_of_either_kind(tmp_path):
-    images = (torch.randint(0, 3, (6,)), torch.rand(6))
-    patches = (torch.randint(0, 3, (4, 4)), torch.rand(4, 4))
+    images = (torch.randint(0, 3, (6,)), torch.rand(6), {})
+    patches = (torch.randint(0, 3, (4, 4)), torch.rand(4, 4), {2: "cluster 2: 60% star"})
     widths = []
     for found in ({"image": images}, {"patch": patches}, {"image": images, "patch": patches}):
         pictures.clusters(found, flat_pictures(6), (2, 2), tmp_path / "clusters.png")

@@ -82,7 +82,7 @@ def test_a_signal_ends_the_plan_and_the_run_stays_open(photos, tmp_path, monkeyp
     plan, results = tmp_path / "plan.txt", tmp_path / "results.jsonl"
     plan.write_text(f"evidence photos 2 pl-mae: {SMALL}\nevidence photos 3 pl-mae: {SMALL}\n")
 
-    def stopped(argv):
+    def stopped(*args):
         raise SystemExit(143)
     monkeypatch.setattr(study.train, "main", stopped)
     with pytest.raises(SystemExit):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TIMES, run
 
+import eval as evaluation
 import train
 from mae import SIZES
 from pseudo_labels import Student
@@ -289,15 +290,16 @@ def test_other_images_are_refused(small_run, photos, tmp_path, no_pictures):
         train.main([*small_run, "--epochs", "0", "--data-root", str(tmp_path / "swapped")])
 
 
-def test_what_comes_next_is_named_where_there_is_a_test_split(
+def test_what_comes_next_is_named_and_works(
         small_run, photos, tmp_path, no_pictures, capsys):
     train.main([*small_run, "--epochs", "0"])
-    assert "; next: python eval.py linear" in capsys.readouterr().err
+    assert "; next: python eval.py linear --checkpoint" in capsys.readouterr().err
     shutil.copytree(photos / "train", tmp_path / "alone" / "train")
     train.main([*small_run, "--epochs", "1", "--data-root", str(tmp_path / "alone"),
                 "--out", str(tmp_path / "run2")])
     printed = capsys.readouterr().err
-    assert "next:" not in printed and "k-NN on 7 held-out images" in printed
+    assert "; next: python eval.py linear --split validation --checkpoint" in printed
+    assert "k-NN on 7 held-out images" in printed
     assert "guessing gives 42.9%" in printed and "warning: 4 optimiser steps in all" in printed
     assert "two views of an image have one image pseudo label in" in printed
     assert "patch pseudo labels agree (0 not at all, 1 entirely) with the place" in printed
@@ -305,6 +307,13 @@ def test_what_comes_next_is_named_where_there_is_a_test_split(
     for name in ("image_two_views", "patch_nmi_place", "patch_nmi_colour", "image_nmi"):
         assert 0 <= look[name] <= 1
     assert "patch_nmi_mask" not in look                    # these images have no masks
+    train.main([*small_run, "--epochs", "0", "--data-root", str(photos / "train/red"),
+                "--out", str(tmp_path / "run3")])
+    printed = capsys.readouterr().err
+    assert "; next: python eval.py features --split train --pictures --checkpoint" in printed
+    evaluation.main(["features", "--split", "train", "--pictures", "--checkpoint",
+                     str(tmp_path / "run3/checkpoint.pt")])
+    assert (tmp_path / "run3/neighbours.png").exists()
 
 
 def test_another_config_is_refused_and_the_run_left_alone(small_run, no_pictures):
