@@ -162,14 +162,17 @@ def recolour(x, u, strength=1.0):
 class CroppedFiles(torch.utils.data.Dataset):
     """Item (index, crop numbers: views 4) -> crops of that image file: views C H W uint8.
 
-    They are cut at the file's own resolution, then resized."""
+    They are cut at the file's own resolution, or at one that is still no lower than that of the
+    smallest crop after it is resized."""
 
     def __init__(self, images, smallest):
         self.images, self.smallest = images, smallest
 
     def __getitem__(self, item):
         index, u = item
-        image, size = open_file(self.images, index), self.images.size                    # C H W
+        size = self.images.size
+        # a crop of the least area, and of the narrowest shape, still has as many pixels as `size`
+        image = open_file(self.images, index, max(size) / math.sqrt(3 / 4 * self.smallest))  # C H W
         boxes = crop_boxes(torch.tensor(u), *image.shape[1:], size, self.smallest)
         return cut(image, boxes.tolist(), size)
 

@@ -482,9 +482,10 @@ def require_the_same_classes(root, train, test):
 
 # ---------------------------------------------------------------------------------- pixels
 
-def open_file(images, index):
-    """One of the images that are streamed, at its own resolution: C H W uint8."""
-    return TF.pil_to_tensor(open_image(images.paths[index], images.channels))
+def open_file(images, index, least):
+    """One of the images that are streamed, C H W uint8, with sides of `least` pixels or more, if
+    it has as many."""
+    return TF.pil_to_tensor(open_image(images.paths[index], images.channels, least))
 
 
 def cut(image, boxes, size):

@@ -105,3 +105,17 @@ def test_broken_exif_data_say_nothing(tmp_path, suffix):
     plain, broken = (decode(tmp_path / f"{name}.{suffix}", (16, 20), 3)
                      for name in ("plain", "broken"))
     assert torch.equal(plain, broken)
+
+
+def test_large_photographs_are_decoded_small_and_look_the_same(tmp_path):
+    """No side below what is asked for; within what JPEG itself loses."""
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8))
+    photograph = coarse.resize((1600, 1200), Image.Resampling.BICUBIC)
+    for name, form in (("a.jpg", "JPEG"), ("a.png", "PNG")):
+        photograph.save(tmp_path / name, form)
+    for least, size in ((100, (200, 150)), (150, (200, 150)), (151, (400, 300)),
+                        (None, (1600, 1200))):
+        assert images.open_image(tmp_path / "a.jpg", 3, least).size == size
+    assert images.open_image(tmp_path / "a.png", 3, 100).size == (1600, 1200)
+    small, whole = (images.decode(tmp_path / name, (48, 64), 3).int() for name in ("a.jpg", "a.png"))
+    assert (small - whole).abs().float().mean() < 1.5 and (small - whole).abs().max() <= 12
