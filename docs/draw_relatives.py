@@ -31,6 +31,7 @@ from draw_method import (  # noqa: E402
     text,
 )
 
+from data import recolour  # noqa: E402
 from extras.relatives.sdae import fold_tokens  # noqa: E402
 from mae import patchify, random_masking, unpatchify  # noqa: E402
 from support.shapes import SIDE, scene  # noqa: E402
@@ -70,7 +71,9 @@ def draw_pictures():
     one, noise = images([69]), noise_of(18)
     visible = random_masking(noise, 0.75)[1] == 0                                          # 1 N
     random_half = random_masking(noise, 0.5)[1] == 0
-    found = {"whole": show(one, torch.ones_like(visible))[0], "visible": show(one, visible)[0],
+    recoloured = recolour(one, torch.tensor([[0.0, 0.6, 0.5, 0.6, 0.95, 1.0]]), strength=5.0)
+    found = {"other colours": show(recoloured, torch.ones_like(visible))[0],
+             "visible": show(one, visible)[0],
              "random half": show(one, random_half)[0]}
     # SdAE: the folds that its teacher gets.
     ids, _ = fold_tokens(lambda imgs, ids: torch.zeros(len(imgs), 1 + ids.shape[1], 4), one, 0.75,
@@ -199,7 +202,7 @@ def draw_ours(axis, x, y, shown):
     color = STUDENT["color"]
     panel(axis, x, y, "this project", STUDENT)
     picture(axis, shown["random half"], x + 0.14, y + 1.28, 0.8, grid=8)
-    picture(axis, shown["whole"], x + 0.14, y + 0.2, 0.8)
+    picture(axis, shown["other colours"], x + 0.14, y + 0.2, 0.8)
     box(axis, x + 1.75, y + 1.68, 0.95, 0.5, "encoder", GREY)
     box(axis, x + 3, y + 1.92, 0.9, 0.34, "heads", color)
     box(axis, x + 3, y + 1.42, 0.9, 0.34, "decoder", GREY)

@@ -117,5 +117,5 @@ def test_large_photographs_are_decoded_small_and_look_the_same(tmp_path):
                         (None, (1600, 1200))):
         assert images.open_image(tmp_path / "a.jpg", 3, least).size == size
     assert images.open_image(tmp_path / "a.png", 3, 100).size == (1600, 1200)
-    small, whole = (images.decode(tmp_path / name, (48, 64), 3).int() for name in ("a.jpg", "a.png"))
+    small, whole = (decode(tmp_path / name, (48, 64), 3).int() for name in ("a.jpg", "a.png"))
     assert (small - whole).abs().float().mean() < 1.5 and (small - whole).abs().max() <= 12

@@ -5,7 +5,7 @@ CAE parts them: a *regressor* predicts what the encoder would make of the masked
 loss `align` compares that with what it does make of them. Only then a decoder draws, from these
 predicted tokens alone; it never sees the visible ones.
 
-    visible ─ encoder ─────────────┐ keys, values
+    visible ─ encoder ─────────────┐ keys, values (and the mask tokens themselves)
     a mask token for all, places ──┴ regressor ─ latents ─ decoder ─ pred      rec: MSE with pixels
                                                     │
     masked ── the same encoder, no gradient ─ target ┴─ align: MSE             loss = rec + 2 align
@@ -17,7 +17,7 @@ the log has the variance of the target beside `align`: the loss of predicting on
 If both fall together, that is collapse.
 
 Where the values are from: the order of the parts, the weight 2, half of the patches, 4 + 4 blocks
-for a ViT-B, attention in the regressor scaled by 0.1 at first, a norm in the place of its stream,
+for a ViT-B, attention in the regressor scaled by 0.1 at first, a norm of the sum,
 and no moving average are those of the authors' code. Ours: the pixels of MAE in place of DALL-E's
 tokens, so that only the architecture differs; blocks from smoothed noise; regressor and decoder
 with half the depth of MAE's decoder each (1 + 1 for micro).
@@ -82,7 +82,7 @@ class RegressorBlock(nn.Module):
         at whom, not in what is seen there."""
         seen, places = torch.cat([visible, x], 1), torch.cat([visible_place, place], 1)  # B V+M D
         found = self.attn(self.norm_q(x + place), self.norm_k(seen + places), self.norm_v(seen))
-        x = self.norm2(x + self.scale1 * found)            # the stream itself is normed, as there
+        x = self.norm2(x + self.scale1 * found)            # the sum is normed, as in their code
         return x + self.scale2 * self.mlp(x)
 
 
@@ -112,8 +112,9 @@ class Student(pseudo_labels.Student):
         visible_place, place = (mae.gather_tokens(places, each) for each in (ids_keep, ids))
 
         visible = encoder(imgs, ids_keep)[:, 1:]                                         # B V D
-        with torch.no_grad():              # after `visible`: autocast keeps the weights it rounded,
-            target = encoder(imgs, ids)[:, 1:]             # and those of here have no gradient
+        # After `visible`: autocast keeps a weight that it has rounded, without gradient if here.
+        with torch.no_grad():
+            target = encoder(imgs, ids)[:, 1:]
         x = self.mask_token.expand(B, ids.shape[1], -1)                                  # B M D
         for block in self.regressor:
             x = block(x, visible, place, visible_place)
