@@ -174,7 +174,7 @@ def peers(options):
         more = parameters - facts["ours"]["parameters"]
         if more != surplus(mae.SIZES[config.model]["embed_dim"]):
             raise RuntimeError(f"{name} has {more} parameters more than ours: not the same network")
-        if not 0.8 < facts[name]["loss"] / facts["ours"]["loss"] < 1.25:
+        if not 0.7 < facts[name]["loss"] / facts["ours"]["loss"] < 1.4:
             raise RuntimeError(f"{name} has another loss: {facts}")
     times = race(contenders, options.rounds, device)
     return config, device, [timed(f"MAE of {name}", ms, config.batch_size) | {"of_ours": round(
