@@ -12,9 +12,10 @@ Writes into the folder of this file, weights in half precision:
                                 `draw_pictures` draws, in a folder
     pl-mae-same-colours.pt      the labelling teacher alone, at the end of a run whose teachers see
                                 the student's colours
-    history-healthy.jsonl       what the log of a run holds, a line after each epoch: of `pl-mae`
+    history-b.jsonl             what the log of a run holds, a line after each epoch: of `pl-mae`
     history-same-colours.jsonl  (with how near its teachers are to the student), of the run with
-    history-sick.jsonl          equal colours, of one whose pseudo labels are not balanced
+    history-a.jsonl             equal colours, of one whose pseudo labels are not balanced. Their
+                                names are not to give away which run is sick
 """
 
 import shutil
@@ -45,7 +46,7 @@ RUNS = {
     "your-images": ["--data", "imagefolder", "--mask-ratio", "0.5", "--colours", "5",
                     "--epochs", "200"],
 }
-HISTORIES = {"healthy": "pl-mae", "same-colours": "same-colours", "sick": "sick"}
+HISTORIES = {"b": "pl-mae", "same-colours": "same-colours", "a": "sick"}
 TEACHERS = ("labelling_teacher", "reconstruction_teacher")
 
 

@@ -176,7 +176,7 @@ class Config:
         choices=["auto", *PRECISIONS])
     compile: bool = option(
         False, "compile the step and the augmentation, a graph each (torch.compile): starts a "
-        "minute later; a step then takes 0.8 of the time on a GPU, and no less on a CPU")
+        "minute later; a step then takes 0.8 of the time on a GPU")
     accumulate: int = option(
         1, "micro-batches a step is computed in, for batches larger than the memory", range=COUNT)
     workers: int = option(
