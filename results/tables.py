@@ -31,7 +31,8 @@ from support.pictures import plt, save
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "study.jsonl"
-PAGES = [ROOT / "docs" / "results.md", ROOT / "results" / "tables.md", ROOT / "README.md"]
+PAGES = [ROOT / "docs" / "results.md", ROOT / "docs" / "relatives.md", ROOT / "results" / "tables.md",
+         ROOT / "README.md"]
 # Names of runs in words.
 WORDS = {
     "pixels": "raw pixels",
@@ -303,7 +304,7 @@ def main(argv=None):
                         help="a file of results/study.py")
     parser.add_argument("--pages", nargs="+", default=PAGES, type=path, metavar="FILE",
                         help="where tables go, and beside the first of them pictures (default: "
-                        "docs/results.md results/tables.md README.md)")
+                        "those of the project)")
     options = parser.parse_args(argv)
     rows = read_json_lines(options.results)
     pages = list(map(Path, options.pages))
