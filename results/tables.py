@@ -31,8 +31,8 @@ from support.pictures import plt, save
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "study.jsonl"
-PAGES = [ROOT / "docs" / "results.md", ROOT / "docs" / "relatives.md", ROOT / "results" / "tables.md",
-         ROOT / "README.md"]
+PAGES = [ROOT / "docs" / "results.md", ROOT / "docs" / "relatives.md",
+         ROOT / "results" / "tables.md", ROOT / "README.md"]
 # Names of runs in words.
 WORDS = {
     "pixels": "raw pixels",

@@ -392,7 +392,7 @@ def signs_of_collapse(record):
         if record[f"{name}_entropy"] > 0.98 * ln_k:
             signs.add(f"the {name} pseudo labels are nearly uniform: they say nothing; try a lower "
                       "--teacher-temperature")
-        if record[f"{name}_effective"] < max(2, 0.1 * clusters):
+        if record[f"{name}_effective"] < min(max(2, 0.1 * clusters), 0.75 * clusters):
             signs.add(f"the {name} pseudo labels gather in few of their clusters: try --balancing "
                       "sinkhorn or fewer clusters")
     if record.get("rec_between", 1) < 0.05:

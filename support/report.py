@@ -180,7 +180,7 @@ def announce(run, world):
         if K > samples / 4:
             run.say(f"warning: --{name}-clusters {K} for {samples} samples of a micro-batch; use "
                     f"{samples // 4} or less, or a larger --batch-size")
-    if 0 < run.total < 200:
+    if 0 < run.total < 1000:
         run.say(f"warning: {run.total} optimiser steps in all; little is learned in so few: raise "
                 "--epochs")
     run.say(describe(config))
@@ -282,6 +282,11 @@ def conclude(run):
         run.say("k-NN on held-out images, before and after: class token "
                 f"{first['knn_class']:.1%} and {last['knn_class']:.1%}, mean token "
                 f"{first['knn_mean']:.1%} and {last['knn_mean']:.1%}")
+    looks = [r for r in read_json_lines(run.out / "metrics.jsonl") if "image_two_views" in r]
+    alike, chance = (looks[-1][f"image_two_views{end}"] if looks else 1 for end in ("", "_chance"))
+    if looks and alike < 1.5 * chance:
+        run.say(f"warning: two views of an image have one image pseudo label in {alike:.1%}, by "
+                f"chance in {chance:.1%}: there is nothing in them yet; raise --epochs")
     root = Path(run.config.data_root)
     following = "linear"
     if run.config.data == "imagefolder" and not (part_of(root, "test") or part_of(root, "val")):
@@ -363,15 +368,17 @@ def plot_few(task, records, path):
 def draw_evaluated(evaluated, n=8, nearest=6):
     """Draw neighbours.png, attention.png and components.png beside the checkpoint.
 
-    Of n images of the test split, or of those that validate: the training images that are nearest
-    by cosine, and what their class tokens attend to. Of up to 2,000: the first two principal
-    components of their features."""
+    Of n images of the test split, or of those that validate, or, without classes, of all: the
+    training images that are nearest by cosine, and what their class tokens attend to. Of up to
+    2,000: the first two principal components of their features."""
     x, ids, train = evaluated.features("train"), evaluated.ids("train"), evaluated.images("train")
     token = evaluated.options.token or next(iter(x))          # the class token, or pixels
     x = x[token].cpu()
     if evaluated.tested:
         images, shown = evaluated.images("test"), evaluated.ids("test")
         shown_x = evaluated.features("test")[token].cpu()
+    elif (train.y < 0).all():
+        images, shown, shown_x = train, ids, x
     else:
         images, val = train, evaluated.validates(ids)
         shown, shown_x, ids, x = ids[val], x[val], ids[~val], x[~val]
@@ -382,6 +389,8 @@ def draw_evaluated(evaluated, n=8, nearest=6):
 
     chosen = subset(torch.arange(len(shown)), n)
     cosine = F.normalize(shown_x[chosen], dim=1) @ F.normalize(x, dim=1).T
+    if shown is ids:                                       # not itself
+        cosine[torch.arange(len(chosen)), chosen] = -2
     near = ids[cosine.topk(min(nearest, len(x))).indices]                               # n nearest
     own = images.y[shown[chosen]]
     rows = [([picture, *pictures(train, each)], [y, *train.y[each].tolist()])
@@ -403,3 +412,5 @@ def draw_evaluated(evaluated, n=8, nearest=6):
             each = each / each.amax(1, keepdim=True)
             rows[f"head {head}"] = list(each.unflatten(1, evaluated.encoder.grid).numpy())
         draw_rows(rows, evaluated.output_path("attention", ".png"))
+    drawn = evaluated.output_path("neighbours", ".png")
+    print(f"drawn: {drawn}, and other pictures beside it", file=sys.stderr)

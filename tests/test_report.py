@@ -1,3 +1,4 @@
+import json
 import math
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ from torch import nn
 import train
 from mae import Mlp
 from support.health import signs_of_collapse
-from support.report import Meter, line
+from support.report import Meter, conclude, line
 
 WELL = {
     "image": 3.0,
@@ -72,3 +73,21 @@ def test_a_look_that_takes_long_is_said_once(small_flags, tmp_path, no_pictures,
                     "--out", str(tmp_path)])
     assert set(seen) == {torch.bfloat16}
     assert capsys.readouterr().err.count("raise --eval-every (now 1 epochs)") == 1
+
+
+def test_labels_that_hold_nothing_are_said_at_the_end(tmp_path, capsys):
+    run = SimpleNamespace(out=tmp_path, rank=0, val_ids=[], images=SimpleNamespace(classes=[]),
+                          config=SimpleNamespace(data="shapes", data_root="x"), say=print)
+    for alike, words in ((0.13, "in 13.0%, by chance in 12.0%"), (0.4, "")):
+        (tmp_path / "metrics.jsonl").write_text(
+            json.dumps({"image_two_views": alike, "image_two_views_chance": 0.12}) + "\n")
+        conclude(run)
+        said = capsys.readouterr().out
+        assert words in said and ("warning" in said) == bool(words)
+        assert "features --split train --pictures" in said
+
+
+def test_of_two_clusters_both_may_be_in_use():
+    record = dict(image=0.5, image_ln_k=math.log(2), image_entropy=0.1, image_effective=1.98)
+    assert signs_of_collapse(record) == set()
+    assert signs_of_collapse(record | {"image_effective": 1.2})
