@@ -284,7 +284,7 @@ def conclude(run):
                 f"{first['knn_mean']:.1%} and {last['knn_mean']:.1%}")
     looks = [r for r in read_json_lines(run.out / "metrics.jsonl") if "image_two_views" in r]
     alike, chance = (looks[-1][f"image_two_views{end}"] if looks else 1 for end in ("", "_chance"))
-    if looks and alike < 1.5 * chance:
+    if looks and run.total and alike < 1.5 * chance:
         run.say(f"warning: two views of an image have one image pseudo label in {alike:.1%}, by "
                 f"chance in {chance:.1%}: there is nothing in them yet; raise --epochs")
     root = Path(run.config.data_root)
