@@ -7,12 +7,11 @@ windows into groups of one size and computes attention group by group, masked be
     groups of 4, the fullest   [A A A A]  [B C C C]  [D D · ·]       C does not look at B
     fine patches ─ D/2 wide, grouped attention ─ merge 2 x 2 ─ D wide, grouped attention ─ decoder
 
-What differs from MAE: the encoder, and one mask for all images. Target, loss, decoder are MAE's.
-From the authors' code: the knapsack, groups as large as the fullest window, windows shifted in
-every other block, masks in units of merged patches. Ours: two stages, not four, windows of 4, not
-7, MAE's decoder, sine-cosine codes for Swin's relative bias. Left out: a norm of embedded patches,
-Twins, a class token (the mean has its place). It cannot do: other sizes of images, export,
-attention pictures, --compile.
+What differs from MAE: the encoder, and one mask for all images. From the authors' code: the
+knapsack, groups as large as the fullest window, windows shifted in every other block, masks in
+units of merged patches. Ours: two stages, not four, windows of 4, not 7, MAE's decoder, sine-cosine
+codes for Swin's relative bias. Left out: Twins, a class token (the mean has its place). It cannot
+do: other sizes of images, export, attention pictures, --compile.
 
 Letters:  B views in a micro-batch, N units (patches of --patch-size, four fine ones each), V
           visible, T tokens of a stage, S places in a group, D width of the encoder.
