@@ -46,11 +46,11 @@ WORDS = {
     "pl-mae-one-teacher": "one teacher, tokens",
     "pl-mae-one-teacher-0.3%": "one teacher (0.3%), tokens",
     "pl-mae": "two teachers, tokens: pl-mae",
-    "place-kept": "pl-mae, labels of patches keep the place",
+    "place-kept": "pl-mae, patch pseudo labels with place",
     "same-view": "pl-mae, teachers see the student's colours",
     "without-koleo": "pl-mae without KoLeo",
     "teachers-that-stand-still": "pl-mae, teachers that never change",
-    "temperature-0.2": "pl-mae, labels at a temperature of 0.2",
+    "temperature-0.2": "pl-mae, pseudo labels at temperature 0.2",
     "scratch": "random weights",
     "sdae": "SdAE",
     "cae": "CAE",
@@ -127,10 +127,7 @@ def differences_table(by_name, headings, baseline):
     rows = [[f"minus `{baseline}`", "seeds", *headings]]
     for name, by_seed in by_name.items():
         seeds = [seed for seed in by_seed if seed in base]
-        cells = []
-        for heading in headings:
-            pairs = [(score(by_seed[seed], heading), score(base[seed], heading)) for seed in seeds]
-            cells.append(with_range([a - b for a, b in pairs if None not in (a, b)], "+"))
+        cells = differences(by_seed, base, seeds, headings)
         if name != baseline and any(cells):
             rows.append([name, str(len(seeds)), *cells])
     return rows
@@ -160,12 +157,17 @@ def pair_table(by_name, name, other):
     for each in (name, other):
         runs = [by_name[each][seed] for seed in seeds]
         rows.append([WORDS.get(each, each), str(len(seeds)), *ranges(runs, headings)])
+    cells = differences(by_name[name], by_name[other], seeds, headings)
+    return [*rows, ["difference", "", *cells]]
+
+
+def differences(runs, others, seeds, headings):
+    """{seed: row} minus {seed: row}: of each score the mean over the seeds, with its range."""
     cells = []
     for heading in headings:
-        pairs = [(score(by_name[name][seed], heading), score(by_name[other][seed], heading))
-                 for seed in seeds]
+        pairs = [(score(runs[seed], heading), score(others[seed], heading)) for seed in seeds]
         cells.append(with_range([a - b for a, b in pairs if None not in (a, b)], "+"))
-    return [*rows, ["difference", "", *cells]]
+    return cells
 
 
 def headings_of(runs):

@@ -291,7 +291,7 @@ def conclude(run):
     following = "linear"
     if run.config.data == "imagefolder" and not (part_of(root, "test") or part_of(root, "val")):
         following = "linear --split validation"
-    if not len(run.val_ids) or len(run.images.classes) < 2:
+    if (run.images.y < 0).all() or len(run.images.classes) < 2:
         following = "features --split train --pictures"    # neighbours, which ask for no class
     run.say(f"done: {path} and its pictures; next: python eval.py {following} --checkpoint {path}")
 
