@@ -1,4 +1,4 @@
-"""Draw the figure of the method: one step of `pl-mae`, from an image to the three losses.
+"""Draw the figure of the method: one step of `pl-mae`, from an image to its losses.
 
     python docs/draw_method.py        writes docs/method.png: some seconds on a CPU, no download
 
@@ -317,8 +317,11 @@ def draw_losses(axis):
     arrow(axis, (10.29, 5.98), (10.29, 5.1))
     arrow(axis, (9.19, 2.55), (9.19, 2.26))
     arrow(axis, (9.19, 1.24), (9.19, 1.88))
-    text(axis, 6.3, 0.28, r"$L \;=\; w_\mathrm{rec}\,L_\mathrm{rec} \;+\; "
-         r"w_\mathrm{image}\,L_\mathrm{image} \;+\; w_\mathrm{patch}\,L_\mathrm{patch}$", LARGE)
+    terms = [rf"w_\mathrm{{{name}}}\,L_\mathrm{{{name}}}"
+             for name in ("rec", "image", "patch", "koleo")]
+    text(axis, 1.7, 0.28, r"$L \;=\; " + r" \;+\; ".join(terms) + "$", LARGE, ha="left")
+    text(axis, 10.9, 0.28, r"$L_\mathrm{koleo}$ keeps class tokens of different images apart",
+         SMALL, ha="right")
 
 
 def draw_averages(axis):
