@@ -1,7 +1,7 @@
 """Train the models of the notebooks, or take them from `runs/` if they are there, and keep what the
 notebooks need.
 
-    python notebooks/make_checkpoints.py         # an hour on two cores
+    python notebooks/make_checkpoints.py         # two hours on two cores
 
 Writes into the folder of this file, weights in half precision:
 
@@ -10,6 +10,8 @@ Writes into the folder of this file, weights in half precision:
                                 how far they are from it). The student stands in for all of them,
                                 which keeps the files small. The last one is of the pictures that
                                 `draw_pictures` draws, in a folder
+    rc-mae.pt, sdae.pt, ...     likewise: other ways to change an MAE, for notebook 7. They are runs
+                                of results/study.jsonl
     pl-mae-same-colours.pt      the labelling teacher alone, at the end of a run whose teachers see
                                 the student's colours
     history-b.jsonl             what the log of a run holds, a line after each epoch: of `pl-mae`
@@ -20,6 +22,7 @@ Writes into the folder of this file, weights in half precision:
 
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from PIL import Image
@@ -29,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from support import checkpoint  # noqa: E402
-from support.checkpoint import load_checkpoint, load_run, save_checkpoint  # noqa: E402
+from support.checkpoint import RELATIVES, load_checkpoint, load_run, save_checkpoint  # noqa: E402
 from support.datasets import held_out, load_images  # noqa: E402
 from support.files import append_json, read_json_lines  # noqa: E402
 from support.health import centred_cosine  # noqa: E402
@@ -46,6 +49,9 @@ RUNS = {
     "your-images": ["--data", "imagefolder", "--mask-ratio", "0.5", "--colours", "5",
                     "--epochs", "200"],
 }
+OF_STUDY = ["--epochs", "24", "--eval-every", "8", "--seed", "11"]
+RUNS["rc-mae"] = ["--recipe", "rc-mae", *OF_STUDY]
+RUNS |= {name: OF_STUDY for name in RELATIVES}
 HISTORIES = {"b": "pl-mae", "same-colours": "same-colours", "a": "sick"}
 TEACHERS = ("labelling_teacher", "reconstruction_teacher")
 
@@ -55,8 +61,8 @@ def main():
     draw_pictures(images_of("your-images"))
     for name, flags in RUNS.items():                       # a finished run is left as it is
         train.main([*flags, "--save-minutes", "0", "--data-root", str(images_of(name)),
-                    "--out", str(folder(name))])
-    for name in ("mae", "pl-mae", "your-images"):
+                    "--out", str(folder(name))], relative_of(name))
+    for name in ("mae", "pl-mae", "your-images", "rc-mae", *RELATIVES):
         whole(name)
     labelling("same-colours", "pl-mae-same-colours")
     for name, run in HISTORIES.items():
@@ -65,6 +71,11 @@ def main():
 
 def folder(name):
     return ROOT / "runs" / f"notebook-{name}"
+
+
+def relative_of(name):
+    """The file of extras/relatives that a run is of, None if it is of train.py."""
+    return import_module(f"extras.relatives.{name}") if name in RELATIVES else None
 
 
 def images_of(name):

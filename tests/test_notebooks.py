@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from support import settings
-from support.checkpoint import load_checkpoint
+from support.checkpoint import RELATIVES, load_checkpoint
 from support.health import signs_of_collapse
 
 FOLDER = ROOT / "notebooks"
@@ -26,26 +26,27 @@ def cells(name, kind):
             for cell in content["cells"] if cell["cell_type"] == kind]
 
 
-def test_there_are_six():
-    assert [name[0] for name in NOTEBOOKS] == list("123456")
+def test_there_are_seven():
+    assert [name[0] for name in NOTEBOOKS] == list("1234567")
 
 
 @pytest.mark.parametrize("file, run", [
     ("mae", "mae"), ("pl-mae", "pl-mae"), ("pl-mae-same-colours", "same-colours"),
-    ("your-images", "your-images")])
+    *((name, name) for name in ("your-images", "rc-mae", *RELATIVES))])
 def test_models_are_of_the_present_defaults(file, run, tmp_path):
     """Otherwise `python notebooks/make_checkpoints.py` and the notebooks have to be run again."""
-    from make_checkpoints import RUNS, draw_pictures
+    from make_checkpoints import RUNS, draw_pictures, relative_of
     kept = load_checkpoint(FOLDER / f"{file}.pt")["config"]
     if run == "your-images":
         draw_pictures(tmp_path)
-    now = vars(settings.resolve([*RUNS[run], "--data-root", str(tmp_path)]))
+    now = vars(settings.resolve([*RUNS[run], "--data-root", str(tmp_path)],
+                                relative_of(run)))
     for name in now:
         assert name in settings.FREE or now[name] == kept.get(name), name
 
 
-def test_models_take_less_than_six_megabytes():
-    assert sum(path.stat().st_size for path in FOLDER.glob("*.pt")) < 6e6
+def test_models_are_small():
+    assert all(path.stat().st_size < 1.5e6 for path in FOLDER.glob("*.pt"))
 
 
 def log(name):
