@@ -59,6 +59,7 @@ class Evaluated:
         self.data, self.root = datasets.choose(options.data, options.data_root, self.config)
         self.set = self.data, str(self.root), self.kept_out()      # what scores depend on
         self.network, self.mean_std = self.info["network"], (self.info["mean"], self.info["std"])
+        self.extractor = None if self.network == "pixels" else self.encoder
         self.tested = options.split == "test"              # is the test split looked at?
         self.name = f"{Path(checkpoint).absolute().parent.name} {network or ''}".strip()
         # of the files that are written, so that none takes another one's name
@@ -81,9 +82,8 @@ class Evaluated:
         if split == "test" and not self.tested:
             return dict.fromkeys(self.features("train"))
         if split not in self.found:
-            encoder = None if self.network == "pixels" else self.encoder
             self.found[split] = probes.features(
-                encoder, self.images(split), self.ids(split), *self.mean_std, self.device)
+                self.extractor, self.images(split), self.ids(split), *self.mean_std, self.device)
         return self.found[split]
 
     def kept_out(self):
@@ -157,7 +157,7 @@ def run_classifier(evaluated, task):
     token = evaluated.options.token or max(validation, key=validation.get)
     scores, scored_y = (tested, test_y) if evaluated.tested else (validation, y[val])
     return {"top1": scores[token], "token": token, "tokens": scores, "validation": validation,
-            "guessing": probes.guessing(scored_y), "images": len(y),
+            "guessing": probes.guessing(scored_y), "images": len(y), "scored": len(scored_y),
             "test_images": len(scored_y) if evaluated.tested else 0}
 
 
@@ -180,12 +180,12 @@ def run_few(evaluated, y, test_y, classes, amounts, name):
     scores, validation = probes.of_each(rows, "score"), probes.of_each(rows, "validation")
     token = evaluated.options.token or max(
         rows, key=lambda token: mean(mean(each) for each in validation[token].values()))
+    scored_y = y[val] if test_y is None else test_y
     found = {name: {amount: round(mean(each), 4) for amount, each in scores[token].items()},
-             "token": token, "draws": draws,
+             "token": token, "draws": draws, "scored": len(scored_y),
              "images": {amount: fits[-1].images for amount, fits in rows[token].items()},
              "tokens": scores, "validation": validation,
-             "strengths": probes.of_each(rows, "strength"),
-             "guessing": probes.guessing(y[val] if test_y is None else test_y),
+             "strengths": probes.of_each(rows, "strength"), "guessing": probes.guessing(scored_y),
              "test_images": 0 if test_y is None else len(test_y)}
     if "all" in amounts:
         found["classes"] = rows[token]["all"][0].classes
@@ -209,9 +209,8 @@ def run_patches(evaluated):
                          "classes from 0, and name with --void the number of pixels without one")
     x, counts = {}, {}                                     # n N D, n N C
     for split in splits:
-        x[split] = probes.patch_features(
-            None if evaluated.network == "pixels" else encoder, images[split], ids[split],
-            encoder.patch_size, *evaluated.mean_std, device)
+        x[split] = probes.patch_features(evaluated.extractor, images[split], ids[split],
+                                         encoder.patch_size, *evaluated.mean_std, device)
         counts[split] = pixels_of_classes(masks[split], encoder.img_size, encoder.grid, C, void)
 
     val = evaluated.validates(ids["train"])
@@ -241,16 +240,16 @@ def run_diagnose(evaluated):
 
 def run_features(evaluated):
     """Write the features of a split into a file of numpy: --split train, validation or test."""
-    split, encoder = evaluated.options.split, evaluated.encoder
+    split, extractor = evaluated.options.split, evaluated.extractor
     images = evaluated.images("test" if split == "test" else "train")
     ids = torch.arange(len(images))
     if split == "validation":
         datasets.require_images(evaluated.root, len(ids), "training images")
         ids = ids[evaluated.validates(ids)]
     where = *evaluated.mean_std, evaluated.device
-    x = probes.features(encoder, images, ids, *where)
-    arrays = {"class_token": x["class"].cpu(), "mean_token": x["mean"].cpu(), "y": images.y[ids],
-              "classes": images.classes}
+    x = probes.features(extractor, images, ids, *where)
+    arrays = {name if name == "pixels" else f"{name}_token": x[name].cpu() for name in x}
+    arrays |= {"y": images.y[ids], "classes": images.classes}
     if "multilabel" in images.targets:
         arrays["multilabel"] = images.targets["multilabel"][ids]
     if split == "train":                                   # which of these are "validation"
@@ -258,7 +257,8 @@ def run_features(evaluated):
     if images.paths is not None:
         arrays["paths"] = [str(images.paths[i]) for i in ids]
     if evaluated.options.patches:
-        arrays["patch_tokens"] = probes.patch_features(encoder, images, ids, None, *where)
+        size = evaluated.encoder.patch_size
+        arrays["patch_tokens"] = probes.patch_features(extractor, images, ids, size, *where)
     images_of = evaluated.data                             # whose images these are
     if images_of in ("imagefolder", "coco"):
         images_of += f"-{Path(evaluated.root).absolute().name}"
@@ -334,7 +334,7 @@ def check(options):
         if name in networks and "diagnose" in tasks:
             raise UsageError(f"--network {name}: has no pseudo labels and no teachers; name "
                              f"{', '.join(weights.NETWORKS)}")
-    if "pixels" in networks and tasks & {"features", "export"}:
+    if "pixels" in networks and "export" in tasks:
         raise UsageError("--network pixels: there is no encoder to write; name another")
     if options.img_size and "diagnose" in tasks:
         raise UsageError("--img-size: diagnose looks at a run at its own size; leave it out")

@@ -51,13 +51,14 @@ def curves(records, path):
     losses = [r for r in records if "loss" in r]
     tests = [r for r in records if "knn_mean" in r]
     labelled = [name for name in LABELS if any(name in r for r in losses)]
-    panels = 3 if labelled else 2
-    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 4.5), layout="constrained")
-
+    panels = 1 + bool(labelled) + bool(tests)
+    figure, [axes] = plt.subplots(1, panels, figsize=(5 * panels, 4.5), squeeze=False,
+                                  layout="constrained")
     draw_losses(axes[0], losses)
     if labelled:
         draw_health(axes[1], losses, labelled)
-    draw_knn(axes[-1], tests)
+    if tests:
+        draw_knn(axes[-1], tests)
     for axis in axes:
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
@@ -96,8 +97,6 @@ def draw_knn(axis, records):
     axis.set_ylabel("accuracy, %")
     draw_line(axis, records, "knn_class", unit=0.01, color="C4", label="class token")
     draw_line(axis, records, "knn_mean", unit=0.01, color="C5", label="mean of patch tokens")
-    if not records:
-        axis.text(0.5, 0.5, "no class is known", ha="center", transform=axis.transAxes)
 
 
 def draw_line(axis, records, key, unit=1.0, **style):

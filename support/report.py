@@ -215,7 +215,9 @@ def evaluate_and_save(run, step):
         found = monitor(kept, run.images, run.train_ids, run.val_ids, mean, std, run.device)
         teacher = run.teachers.labelling
         if teacher is not None:
-            labelled_ids = subset(shown_ids, min(1000, max(200, 8 * config.image_clusters)))
+            enough = len(shown_ids) >= 4 * config.image_clusters      # else nothing shares a label
+            labelled_ids = subset(shown_ids if enough else run.train_ids,
+                                  min(1000, max(200, 8 * config.image_clusters)))
             of_these = (config, run.images, labelled_ids, mean, std, run.device)
             labels = assign(teacher, *of_these)
             found |= agreements(labels, teacher, *of_these)
@@ -292,7 +294,8 @@ def conclude(run):
     if run.config.data == "imagefolder" and not (part_of(root, "test") or part_of(root, "val")):
         following = "linear --split validation"
     if (run.images.y < 0).all() or len(run.images.classes) < 2:
-        following = "features --split train --pictures"    # neighbours, which ask for no class
+        kept = kept_network(vars(run.config))              # neighbours, which ask for no class
+        following = f"features --split train --pictures --network {kept} untrained"
     run.say(f"done: {path} and its pictures; next: python eval.py {following} --checkpoint {path}")
 
 
@@ -337,7 +340,16 @@ def table(task, records, alike):
         cells.append([name, *(in_percent(found.get(heading), sign) for heading in headings)])
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "".join("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) + "\n"
-                   for first, *rest in cells)
+                   for first, *rest in cells) + caution(records)
+
+
+def caution(records):
+    """What a table says of scores that are of few images; "" if they are of 100 or more."""
+    n = min(record.get("scored", 100) for record in records.values())
+    if n >= 100:
+        return ""
+    return (f"only {n} images are scored: one is {100 / n:.1f} points, and a score has a standard "
+            f"error of up to {50 / n ** 0.5:.0f}\n")
 
 
 def guessing_of(records):

@@ -286,7 +286,8 @@ def test_several_networks_stand_side_by_side(untrained, capsys, tmp_path):
     assert records[1]["tokens"] == records[5]["tokens"]
     assert len((copy.parent / "eval.jsonl").read_text().splitlines()) == 2
     lines = captured.err.splitlines()
-    lines = lines[next(i for i, line in enumerate(lines) if line.startswith("lowshot")):]
+    *lines, last = lines[next(i for i, line in enumerate(lines) if line.startswith("lowshot")):]
+    assert "images are scored" in last
     assert [line.split("  ")[0] for line in lines] == [
         "lowshot, test, %", f"run student, {records[1]['token']}", "run pixels", "",
         f"copy student, {records[1]['token']}", "", "guessing"]
@@ -302,6 +303,13 @@ def test_differences_are_of_the_same_draws():
         "lowshot, test, %             1", "a, mean            30.0 ± 14.1",
         "b, mean            40.0 ± 14.1", "  minus the first  +10.0 ± 0.0",
         "guessing                  10.0"]
+
+
+@pytest.mark.parametrize("scored", [25, 100])
+def test_scores_of_few_images_come_with_a_caution(scored):
+    record = {"task": "knn", "split": "test", "tokens": {"class": 0.5}, "scored": scored}
+    words = "one is 4.0 points, and a score has a standard error of up to 10"
+    assert (words in report.table("knn", {"a": record}, {"a"})) == (scored < 100)
 
 
 def test_multilabel(shapes_run, capsys):

@@ -111,10 +111,13 @@ def test_curves_of_few_records(labels, tmp_path, monkeypatch):
     assert matplotlib.image.imread(tmp_path / "curves.png").std() > 0
 
 
-@pytest.mark.parametrize("log", [[], [dict(step=0, epoch=0)], records(["image"])[2:]])
-def test_curves_without_labelled_images_or_losses(log, tmp_path):
+@pytest.mark.parametrize("log, panels", [
+    ([], 1), ([dict(step=0, epoch=0)], 1), (records(["image"])[2:], 2)])
+def test_curves_without_labelled_images_or_losses(log, panels, tmp_path):
+    """A panel that would be empty is left out."""
     curves(log, tmp_path / "curves.png")
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
+    assert matplotlib.image.imread(tmp_path / "curves.png").shape[1] == 550 * panels
 
 
 def test_clusters_of_either_kind(tmp_path):

@@ -78,7 +78,8 @@ def test_a_look_that_takes_long_is_said_once(small_flags, tmp_path, no_pictures,
 def test_labels_that_hold_nothing_are_said_at_the_end(tmp_path, capsys):
     run = SimpleNamespace(out=tmp_path, rank=0, total=9, val_ids=[],
                           images=SimpleNamespace(classes=[], y=torch.full((3,), -1)),
-                          config=SimpleNamespace(data="shapes", data_root="x"), say=print)
+                          config=SimpleNamespace(data="shapes", data_root="x",
+                                                 consistency_weight=0), say=print)
     for alike, words in ((0.13, "in 13.0%, by chance in 12.0%"), (0.4, "")):
         (tmp_path / "metrics.jsonl").write_text(
             json.dumps({"image_two_views": alike, "image_two_views_chance": 0.12}) + "\n")
@@ -98,5 +99,6 @@ def test_nothing_is_said_of_labels_that_there_are_not(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0}) + "\n")
     conclude(SimpleNamespace(out=tmp_path, rank=0, total=9, val_ids=[],
                              images=SimpleNamespace(classes=[], y=torch.full((3,), -1)), say=print,
-                             config=SimpleNamespace(data="shapes", data_root="x")))
+                             config=SimpleNamespace(data="shapes", data_root="x",
+                                                    consistency_weight=0)))
     assert "warning" not in capsys.readouterr().out

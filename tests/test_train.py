@@ -310,10 +310,11 @@ def test_what_comes_next_is_named_and_works(
     train.main([*small_run, "--epochs", "0", "--data-root", str(photos / "train/red"),
                 "--out", str(tmp_path / "run3")])
     printed = capsys.readouterr().err
-    assert "; next: python eval.py features --split train --pictures --checkpoint" in printed
-    evaluation.main(["features", "--split", "train", "--pictures", "--checkpoint",
-                     str(tmp_path / "run3/checkpoint.pt")])
-    assert (tmp_path / "run3/neighbours.png").exists()
+    flags = ["features", "--split", "train", "--pictures", "--network", "student", "untrained"]
+    assert f"; next: python eval.py {' '.join(flags)} --checkpoint" in printed
+    evaluation.main([*flags, "pixels", "--checkpoint", str(tmp_path / "run3/checkpoint.pt")])
+    for name in ("student", "untrained", "pixels"):
+        assert (tmp_path / f"run3/neighbours-{name}.png").exists()
 
 
 def test_another_config_is_refused_and_the_run_left_alone(small_run, no_pictures):
