@@ -15,7 +15,8 @@ off one plan: each takes the next run that no other has. So that other work is n
 for each core, each with one thread: OMP_NUM_THREADS=1 nice -n 19 python -m results.study ...
 
 Runs with the names `pixels` and `untrained` are yardsticks: raw pixels, or the network before
-training, on the images of that run. Runs with the name of a file of extras/relatives train that.
+training, on the images of that run. Runs whose name begins with that of a file of extras/relatives
+train that: `cae`, `cae-equal-time`.
 
 Runs compute in bf16. On CPUs with AVX512-BF16 this is faster. On others it is many times slower:
 there, say --precision fp32. On a GPU use --compile, and six processes or so at a time: they keep it
@@ -106,7 +107,8 @@ def folder_of(run, data_root):
 def train_and_judge(run, data_root, out, more):
     """Train a run (or continue it) -> what its line of results says of it. more: further flags."""
     start = time.perf_counter()
-    relative = import_module(f"extras.relatives.{run.name}") if run.name in RELATIVES else None
+    name = run.name.split("-")[0]
+    relative = import_module(f"extras.relatives.{name}") if name in RELATIVES else None
     train.main([*SETS[run.data].split(), *run.flags, "--data-root", folder_of(run, data_root),
                 "--out", str(out), "--seed", str(run.seed), *more], relative)
     row = describe_log(out)
@@ -211,7 +213,7 @@ def main(argv=None):
             try:
                 work = train_further if run.stage in FURTHER else train_and_judge
                 compiled = ["--compile"] * (options.compile and work is train_and_judge
-                                            and run.name != "greenmim")        # which cannot
+                                            and "greenmim" not in run.name)    # which cannot
                 row |= work(run, options.data, out, ["--precision", options.precision, *compiled])
             except (Exception, SystemExit) as error:       # the plan goes on; the line says why
                 if isinstance(getattr(error, "code", None), int) and error.code > 128:

@@ -56,6 +56,12 @@ WORDS = {
     "cae": "CAE",
     "mixedae": "MixedAE",
     "greenmim": "GreenMIM (another network)",
+    "mae-mask-0.5": "MAE, 50% hidden",
+    "sdae-equal-time": "SdAE, trained as long as pl-mae",
+    "cae-equal-time": "CAE, trained as long as pl-mae",
+    "mixedae-equal-time": "MixedAE, trained as long as pl-mae",
+    "greenmim-equal-time": "GreenMIM, trained as long as pl-mae",
+    "cae-align-0": "CAE without alignment",
 }
 SUMMARY = list(WORDS)[:11]                                 # without the one of equal time
 SUMMARY.remove("mae-equal-time")
@@ -142,7 +148,7 @@ def summary_table(by_name, names=SUMMARY):
         runs = list(by_name[name].values())
         flags = re.sub(r" ?--eval-every \d+", "", runs[0].get("flags", ""))
         if runs[0]["stage"] == "relatives":
-            flags = f"of extras.relatives: {name} {flags}"
+            flags = f"of extras.relatives: {name.split('-')[0]} {flags}"
         flags = f"`{flags}`" if name not in ("pixels", "untrained") else "none: nothing is trained"
         rows.append([WORDS[name], flags, str(len(runs)), *ranges(runs, headings)])
     return rows
