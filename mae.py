@@ -85,20 +85,20 @@ def count_visible(num_patches, mask_ratio):
 
 
 def random_masking(noise, mask_ratio):
-    """Choose the visible patches of each image: those with the smallest noise.
+    """Choose the visible patches of each image: the V (`count_visible`) with the smallest noise.
 
     noise B N -> ids_keep B V, mask B N (1 masked, 0 visible), ids_restore B N.
 
-    Argsort twice. The first one shuffles: it lists the patches by their noise. The second one
-    inverts that list: it says for each patch where in the list it stands. Four patches:
+    List all patches of an image by their noise: this shuffles them. ids_keep is the beginning of
+    the list. ids_restore says for each patch where in the list it stands: gathering shuffled tokens
+    by it puts each back at its patch. Four patches:
 
         noise        0.7  0.1  0.9  0.4
-        ids_shuffle    1    3    0    2      patch 1 has the least noise, patch 2 the most
-        ids_restore    2    0    3    1      patch 0 stands at index 2 of that list
-
-    With half of them masked, patches 1 and 3 are visible. Gathering shuffled tokens by ids_restore
-    puts each back at its patch."""
+        ids_keep       1    3                the list is 1 3 0 2; half are masked
+        mask           1    0    1    0
+        ids_restore    2    0    3    1      patch 0 stands at index 2 of the list"""
     V = count_visible(noise.shape[1], mask_ratio)
+    # Argsort twice: the first one makes the list, the second one inverts it.
     ids_shuffle = noise.argsort(dim=1)                                                       # B N
     ids_restore = ids_shuffle.argsort(dim=1)                                                 # B N
     mask = (ids_restore >= V).to(noise.dtype)                                                # B N

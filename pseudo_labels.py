@@ -273,7 +273,8 @@ def me_max(scores, temperature=0.1):
 
 def koleo(unit, images):
     """Mean over class tokens of -log of the distance to the nearest one of another image
-    (Sablayrolles et al. 2019; DINOv2). The nearest one gets no gradient.
+    (Sablayrolles et al. 2019; DINOv2), on any rank; 0 where there is no other image. The nearest
+    one gets no gradient. The distance is Euclidean, plus 1e-6, as log 0 is infinite.
 
     unit: B bottleneck, of the image head. images: how many there are of them; row i is of image
     i % images, so with 2 images in 2 views the rows are of images 0 1 0 1.
@@ -288,4 +289,4 @@ def koleo(unit, images):
     nearest = cosine.masked_fill(same, -2).argmax(1)                                         # B
     distance = (unit - units[nearest]).norm(dim=1)                                           # B
     loss = -(distance + 1e-6).log().mean()
-    return loss * (~same).any()                            # 0 where there is no other image
+    return loss * (~same).any()
