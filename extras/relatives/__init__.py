@@ -12,7 +12,7 @@ from mae import masked_mse, pixel_target
 from pseudo_labels import full_precision
 from support.command_line import UsageError, flag
 
-# What a row says of these is the method; what else it says may be overruled by flags.
+# These settings make the method: no flag may change them. The rest of a row, flags may change.
 FIXED = ("target", "standardise", "views", "image_weight", "patch_weight", "consistency_weight",
          "compile")
 SHARED = dict(image_weight=0.0, patch_weight=0.0, consistency_weight=0.0, views=1, colours=0.0)

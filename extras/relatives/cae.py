@@ -17,13 +17,13 @@ the log has the variance of the target beside `align`: the loss of predicting on
 If both fall together, that is collapse.
 
 Where the values are from: the order of the parts, the weight 2, half of the patches, 4 + 4 blocks
-for a ViT-B, attention in the regressor scaled by 0.1 at first, a norm of the sum,
-and no moving average are those of the authors' code. Ours: the pixels of MAE in place of DALL-E's
-tokens, so that only the architecture differs; blocks from smoothed noise; regressor and decoder
-with half the depth of MAE's decoder each (1 + 1 for micro).
+for a ViT-B, a regressor whose attention and MLP are scaled by 0.1 at first, with a norm between
+them, and no moving average are those of the authors' code. Ours: the pixels of MAE in place of
+DALL-E's tokens, so that only the architecture differs; blocks from smoothed noise; regressor and
+decoder of half the depth of MAE's decoder each, but one block at least.
 
-Left out: LayerScale and drop path in the encoder; a codebook, which would have to be found before
-the first step. No loss reads the class token: judge the mean token.
+Left out: LayerScale and drop path in the encoder; a codebook of patches as the target of the
+decoder, which would have to be trained first. No loss reads the class token: judge the mean token.
 
 Letters:  B views in a micro-batch, N patches, V visible, M masked, D width of all parts, P numbers
           of a patch.
@@ -82,7 +82,7 @@ class RegressorBlock(nn.Module):
         at whom, not in what is seen there."""
         seen, places = torch.cat([visible, x], 1), torch.cat([visible_place, place], 1)  # B V+M D
         found = self.attn(self.norm_q(x + place), self.norm_k(seen + places), self.norm_v(seen))
-        x = self.norm2(x + self.scale1 * found)            # the sum is normed, as in their code
+        x = self.norm2(x + self.scale1 * found)            # of the sum, as in the authors' code
         return x + self.scale2 * self.mlp(x)
 
 
@@ -103,7 +103,7 @@ class Student(pseudo_labels.Student):
     def forward(self, imgs, mask_ratio, noise):
         """pred B N P, 0 at visible places; mask B N; latents and target B M D."""
         encoder, B = self.mae.encoder, len(imgs)
-        # The highest means of 3 x 3 neighbours come in blocks.
+        # Those of the most noise are masked. Means over 3 x 3 neighbours are high in blocks.
         noise = F.pad(noise.unflatten(1, encoder.grid), (1, 1, 1, 1), "replicate")
         noise = F.avg_pool2d(noise, 3, stride=1).flatten(1)                                # B N
         ids_keep, mask, ids_restore = mae.random_masking(noise, mask_ratio)
@@ -112,7 +112,7 @@ class Student(pseudo_labels.Student):
         visible_place, place = (mae.gather_tokens(places, each) for each in (ids_keep, ids))
 
         visible = encoder(imgs, ids_keep)[:, 1:]                                         # B V D
-        # After `visible`: autocast keeps a weight that it has rounded, without gradient if here.
+        # After `visible`: autocast rounds a weight once, and keeps it, from here without gradient.
         with torch.no_grad():
             target = encoder(imgs, ids)[:, 1:]
         x = self.mask_token.expand(B, ids.shape[1], -1)                                  # B M D

@@ -1,7 +1,7 @@
 """GreenMIM, green hierarchical masked image modelling (Huang et al., NeurIPS 2022; 2205.13515).
-MAE is cheap because its encoder takes the visible patches alone. Transformers with windows (Swin)
-look at tokens of the same window only, and of a window more or fewer are visible. GreenMIM packs
-windows into groups of one size and computes attention group by group, masked between windows.
+MAE is cheap because its encoder takes the visible patches alone. Where tokens look only at those of
+their own window (Swin), some windows have more visible ones than others. GreenMIM packs windows
+into groups of one size and computes attention group by group, masked between windows.
 
     windows, visible tokens    A A A A | B | C C C | D D
     groups of 4, the fullest   [A A A A]  [B C C C]  [D D · ·]       C does not look at B
@@ -10,7 +10,7 @@ windows into groups of one size and computes attention group by group, masked be
 What differs from MAE: the encoder, and one mask for all images. From the authors' code: the
 knapsack, groups as large as the fullest window, windows shifted in every other block, masks in
 units of merged patches. Ours: two stages, not four, windows of 4, not 7, MAE's decoder, sine-cosine
-codes for Swin's relative bias. Left out: Twins, a class token (the mean has its place). It cannot
+codes for Swin's relative bias. Left out: a class token (the mean stands in its place). It cannot
 do: other sizes of images, export, attention pictures, --compile.
 
 Letters:  B views in a micro-batch, N units (patches of --patch-size, four fine ones each), V
@@ -62,8 +62,8 @@ def pack(counts, size):
 
 
 def group(places, width, window, shift):
-    """Tokens at places (T, row by row in a grid of that width) -> ids: groups S, T where nothing
-    is; allowed: groups 1 S S, who may look at whom."""
+    """Tokens at places (T, row by row in a grid of that width) -> ids groups S: a token, or T where
+    a place is empty; allowed groups 1 S S: who may look at whom (empty places at each other)."""
     windows = torch.stack([places // width + shift, places % width + shift]) // window     # 2 T
     _, of_window, counts = windows.unique(dim=1, return_inverse=True, return_counts=True)
     members = of_window.argsort(stable=True).split(counts.tolist())        # tokens of each window

@@ -11,11 +11,11 @@ looks only at those most like it (TopK attention), and a contrast pulls tokens o
 
 What differs from MAE: foreign patches stand where MAE has nothing. If each looked at patches of its
 own image alone, and not at the class token, this would be MAE on G views with complementary masks.
-The contrast lies between two lines: ln(N - 1), where all tokens are alike, and ln(V - 1), where
-images are told apart perfectly. G is 1 / (1 - mask ratio). A patch keeps V = N / G patches and the
-class token, which looks at all. Evaluation uses plain attention. Left out: a segment code, added to
-the patches of an image, which says what belongs together. It is a flag and off, as with it the
-contrast can be solved without looking: images of noise show that (tests/test_relatives.py).
+The contrast asks each token which others are of its image. It lies between ln(N - 1), where all are
+alike likely, and ln(V - 1), where its own alone are. G is 1 / (1 - mask ratio). A patch looks at
+V = N / G patches, often itself too, and at the class token, which looks at all. Evaluation uses
+plain attention. A segment code, added to the patches of an image, says what belongs together: a
+flag, and off, as with it the contrast can be solved without looking (tests/test_relatives.py).
 
 Letters:  B views in a micro-batch, G of them in a mix, X = B / G mixes, N patches, V of each view,
           D width of the encoder, P numbers of a patch.
@@ -61,7 +61,7 @@ def check(config):
 
 
 def mixed_attention(attn, x, keep):
-    """What `attn` does to x (X 1+N D) where some may be looked at alone; and who may at whom."""
+    """`attn` of x (X 1+N D), where each looks only at those most alike -> that, and at whom."""
     q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     scores = q @ k.mT * q.shape[-1] ** -0.5                                     # X heads 1+N 1+N
     allowed = most_alike(scores, keep)
@@ -92,10 +92,10 @@ class Student(pseudo_labels.Student):
         V = mae.count_visible(N, mask_ratio)
         G, device = N // V, imgs.device
         wrapped = torch.arange(-(-B // G) * G, device=device) % B          # for pictures of a few
-        # The noise of the first view: its least V patches are that view's, the next V view 1's, ...
+        # The ranks of the first view's noise, such as 2 0 3 1, say whose each place is: 1 0 1 0.
         rank = noise[wrapped[::G]].argsort(1).argsort(1)[:, None]                        # X 1 N
         owner = rank[:, 0] // V                                                            # X N
-        # ... for which they are shifted to be the least: MAE's masks, complementary in a mix.
+        # Shifted, 0 2 1 3 for view 1, they are a noise that makes just its own places visible.
         shifted = (rank - V * torch.arange(G, device=device)[:, None]) % N               # X G N
         ids_keep, mask, ids_restore = mae.random_masking(
             shifted.flatten(0, 1).to(noise.dtype), mask_ratio)                             # B N
@@ -118,8 +118,8 @@ class Student(pseudo_labels.Student):
 
 
 def contrast(tokens, owner, temperature):
-    """For each patch, the mean over the others of its image of -log softmax of their cosine, among
-    all other patches. tokens X N D, owner X N -> a number."""
+    """Cross-entropy: which other patches are of the image of this one? All of them are right, with
+    like shares. What is likely goes by the cosine. tokens X N D, owner X N -> a number."""
     itself = torch.eye(owner.shape[1], device=owner.device) == 1                           # N N
     with pseudo_labels.full_precision(tokens):
         unit = F.normalize(mae.at_least_fp32(tokens), dim=-1)

@@ -13,16 +13,17 @@ about as many as the student's.
     loss = 2 (1 - cosine of pred and token), each less its mean, averaged over the masked patches
     after each step: teacher <- m teacher + (1 - m) student
 
-What differs from MAE: the target, and the teacher. What differs from the token target of train.py:
-folds in place of a whole view, the cosine, no other colours.
+What differs from MAE: the target, and the teacher. What differs from `pl-mae`, which also predicts
+tokens: folds in place of a whole view, the cosine, a teacher that sees the student's colours.
 
-Where the values are from: three folds, normed tokens, a cosine, a mask of 75 %, and m from 0.96
-to 0.99 for an epoch of 300 are those of the authors' code. Such an m is a half-life of 5.7 % of a
-run at first and of 23 % at last. Ours: the teacher moves after every step; from the prediction,
-too, its mean is taken, so that the loss is a mean squared error of normed tokens, `masked_mse`.
+Where the values are from: three folds, normed tokens, a cosine, a mask of 75 %, and a teacher that
+moves once in an epoch, with m from 0.96 to 0.99 over 300 epochs, are those of the authors' code.
+That is a half-life of 17 epochs, 5.7 % of the run, at first, and of 23 % at last. Ours: the teacher
+moves after every step, with these half-lives; the prediction is normed like the token, so that the
+loss is a mean squared error, `masked_mse`.
 
-Left out: drop path in the student. The teacher starts as a copy of the student. Masked patches that
-are left over when M is no multiple of the folds are in no fold and not in the loss, as there.
+Left out: drop path in the student. Masked patches that are left over when M is no multiple of the
+folds are in no fold and not in the loss; in the authors' code likewise.
 
 Letters:  B views in a micro-batch, N patches, V visible, M masked, D width of the encoder, F folds
           of S patches each.
@@ -63,6 +64,7 @@ class Student(pseudo_labels.Student):
     """An MAE that predicts tokens. Only their direction counts, so they are normed."""
 
     def forward(self, imgs, mask_ratio, noise):
+        """B C H W, noise B N -> a dictionary with pred B N D, mask B N and others."""
         out = super().forward(imgs, mask_ratio, noise)
         return out | {"pred": plain_norm(out["pred"])}                                     # B N D
 
@@ -94,7 +96,7 @@ def training_step(student, teachers, views, config):
 
 @torch.no_grad()
 def loss_of_places(ids, tokens, N):
-    """The loss of predicting at each place the mean of its tokens: below it one looks at the image.
+    """The loss of a blind guess, the mean of all tokens of a place; below it one looks at images.
 
     ids B (F S), tokens B (F S) D, over the micro-batches of all ranks -> a number."""
     D = tokens.shape[-1]
