@@ -1,5 +1,5 @@
-"""The masked autoencoder (MAE): mask most patches of an image, encode the few visible ones, predict
-the masked ones.
+"""The masked autoencoder (MAE): mask most patches of an image (here three quarters), encode the few
+visible ones, predict the masked ones.
 
     images ─ patches ─ keep a random quarter ─ encoder (wide and deep; sees the class token and the
                                                V visible patches) ─ latent

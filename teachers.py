@@ -16,9 +16,9 @@ student's,
 
 so it is an average of recent students, steadier than any of them. How recent is said by its
 *half-life* h: a student of h steps ago counts half of what the present one counts, m = 0.5^(1/h).
-The two jobs need not want the same half-life. That is why there are two teachers. By default labels
-follow fast (0.3 % of the run) and targets slowly (3 %). With equal half-lives, and the same input,
-two teachers are one.
+The two jobs need not want the same half-life: with two teachers each has its own. By default labels
+follow fast (0.3 % of the run) and targets slowly (3 %). Whether it helps: docs/results.md. With
+equal half-lives, and the same input, two teachers are one.
 
 Letters:  B views in the batch, N patches, V visible ones, D width of the encoder, P numbers that
           are predicted of a patch, K clusters.

@@ -218,9 +218,9 @@ def draw_views(axis, image, views):
         for number, x in enumerate((1.9, 2.82)):
             picture(axis, views["teacher"][number], x, bottom, 0.74, number + 1)
         arrow(axis, (3.59, bottom + 0.37), (4.12, bottom + 0.37))
-    for start, end, middle in ((4.24, 5.55, 4.9), (2.54, 1.43, 2.08)):
-        arrow(axis, (2.27, start), (2.27, end))
-        text(axis, 2.4, middle, "same crops,\nother colours", ha="left")
+    for end in (5.95, 1.03):                               # both views go to both teachers
+        arrow(axis, (1.6, 3.4), (1.6, end), (1.87, end))
+    text(axis, 1.5, 4.9, "teachers: same\ncrops, other\ncolours", ha="right")
 
 
 def draw_labelling_teacher(axis):
