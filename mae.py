@@ -87,7 +87,7 @@ def count_visible(num_patches, mask_ratio):
 def random_masking(noise, mask_ratio):
     """Choose the visible patches of each image: the V (`count_visible`) with the smallest noise.
 
-    noise B N -> ids_keep B V, mask B N (1 masked, 0 visible), ids_restore B N.
+    noise B N -> ids_keep B V, mask B N (floats: 1 masked, 0 visible), ids_restore B N.
 
     List all patches of an image by their noise: this shuffles them. ids_keep is the beginning of
     the list. ids_restore says for each patch where in the list it stands: gathering shuffled tokens
