@@ -9,6 +9,8 @@ Letters:  B images, n samples, N patches of an image, D width of a token, C H W 
 
 import io
 import math
+from itertools import pairwise
+from statistics import median_low
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -48,7 +50,7 @@ def curves(records, path):
 
     Left: the losses; dotted the line that each should go below. Middle, if there are pseudo labels:
     their health. Right: k-NN on held-out images, if there are any."""
-    losses = [r for r in records if "loss" in r]
+    losses = whole_lines([r for r in records if "loss" in r])
     tests = [r for r in records if "knn_mean" in r]
     labelled = [name for name in LABELS if any(name in r for r in losses)]
     panels = 1 + bool(labelled) + bool(tests)
@@ -67,6 +69,13 @@ def curves(records, path):
             below = (0.5, -0.15)                             # inside the axis it would hide curves
             axis.legend(loc="upper center", bbox_to_anchor=below, ncols=columns, frameon=False)
     save(figure, path)
+
+
+def whole_lines(records):
+    """Those that are means over about as many steps as most. The others, of the few steps before a
+    look, would be kinks."""
+    steps = [math.inf, *(b["step"] - a["step"] for a, b in pairwise(records))]
+    return [r for r, n in zip(records, steps) if 2 * n >= median_low(steps)]
 
 
 def draw_losses(axis, records):
@@ -239,7 +248,8 @@ def clusters(found, pictures, grid, path):
 
 def draw_neighbours(rows, classes, title, path):
     """Draw neighbours.png. Each row has pictures, an image and those nearest to it, and their
-    classes y, -1 where unknown: green if of the class of the first, red if not."""
+    classes y: green if of the class of the first, red if not; or, where no class is known, names of
+    their files."""
     columns = max(len(pictures) for pictures, _ in rows)
     figure, axes = plt.subplots(len(rows), columns, figsize=(1.2 * columns, 1.4 * len(rows)),
                                 squeeze=False, layout="constrained")
@@ -248,7 +258,9 @@ def draw_neighbours(rows, classes, title, path):
             axis.axis("off")
         for axis, picture, number in zip(row, pictures, y):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
-            if number >= 0:
+            if isinstance(number, str):
+                axis.set_title(number[-14:], fontsize=8)
+            elif number >= 0:
                 colour = "black" if axis is row[0] else "green" if number == y[0] else "red"
                 axis.set_title(classes[number][:14], fontsize=8, color=colour)
     figure.suptitle(f"{title}: an image, and those nearest to it", fontsize=9)

@@ -285,6 +285,10 @@ def conclude(run):
                 f"{first['knn_class']:.1%} and {last['knn_class']:.1%}, mean token "
                 f"{first['knn_mean']:.1%} and {last['knn_mean']:.1%}")
     looks = [r for r in read_json_lines(run.out / "metrics.jsonl") if "image_two_views" in r]
+    if looks and not tests:
+        first, last = (each["image_two_views"] for each in (looks[0], looks[-1]))
+        run.say("two views of an image have one image pseudo label, before and after: "
+                f"{first:.1%} and {last:.1%}, of images that were trained on")
     alike, chance = (looks[-1][f"image_two_views{end}"] if looks else 1 for end in ("", "_chance"))
     if looks and run.total and alike < 1.5 * chance:
         run.say(f"warning: two views of an image have one image pseudo label in {alike:.1%}, by "
@@ -295,7 +299,8 @@ def conclude(run):
         following = "linear --split validation"
     if (run.images.y < 0).all() or len(run.images.classes) < 2:
         kept = kept_network(vars(run.config))              # neighbours, which ask for no class
-        following = f"features --split train --pictures --network {kept} untrained"
+        pixels = " pixels" * (len(run.images.y) <= 5000)   # else their file is large
+        following = f"features --split train --pictures --network {kept} untrained{pixels}"
     run.say(f"done: {path} and its pictures; next: python eval.py {following} --checkpoint {path}")
 
 
@@ -407,6 +412,9 @@ def draw_evaluated(evaluated, n=8, nearest=6):
     own = images.y[shown[chosen]]
     rows = [([picture, *pictures(train, each)], [y, *train.y[each].tolist()])
             for picture, y, each in zip(pictures(images, shown[chosen]), own.tolist(), near)]
+    if (train.y < 0).all() and train.paths:                # then the files have names
+        rows = [(shown_row, [train.paths[i].name for i in (first, *each.tolist())])
+                for (shown_row, _), first, each in zip(rows, shown[chosen].tolist(), near)]
     title = f"{evaluated.name}, {token}" + " token" * (token != "pixels")
     draw_neighbours(rows, train.classes, title, evaluated.output_path("neighbours", ".png"))
 

@@ -159,13 +159,24 @@ def test_few_labels_are_drawn_by_their_number_and_in_per_cent(drawn):
 
 def test_neighbours_of_the_class_of_the_image_are_green(drawn):
     figures, path = drawn
-    rows = [(flat_pictures(3), [1, 1, 0]), (flat_pictures(3), [-1, 0, -1])]
+    rows = [(flat_pictures(3), [1, 1, 0]), (flat_pictures(3), [-1, 0, -1]),
+            (flat_pictures(3), ["a.jpg", "b.jpg", "c.jpg"])]
     draw_neighbours(rows, ["cat", "dog"], "net", path)
     titles = [(axis.get_title(), axis.title.get_color()) for axis in figures[0].axes]
     assert titles[:3] == [("dog", "black"), ("dog", "green"), ("cat", "red")]
     assert titles[3][0] == titles[5][0] == ""
+    assert [title for title, _ in titles[6:]] == ["a.jpg", "b.jpg", "c.jpg"]
     shown = [axis.images[0].get_array()[0, 0] for axis in figures[0].axes]
-    assert shown == pytest.approx([0, 0.01, 0.02] * 2)
+    assert shown == pytest.approx([0, 0.01, 0.02] * 3)
+
+
+def test_lines_of_few_steps_are_not_drawn():
+    def steps(*numbers):
+        return [dict(step=step) for step in numbers]
+
+    assert pictures.whole_lines(steps(50, 100, 101, 151, 152)) == steps(50, 100, 151)
+    for few in (steps(), steps(7), steps(7, 9)):
+        assert pictures.whole_lines(few) == few
 
 
 def test_points_have_the_colour_of_their_class(drawn):

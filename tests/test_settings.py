@@ -89,9 +89,17 @@ def test_images_that_are_held_out_do_not_count(tmp_path):
 def test_a_folder_that_is_not_there_is_left_to_whoever_reads_it(tmp_path):
     config = resolved("--data", "imagefolder", "--data-root", tmp_path / "none")
     assert (config.img_size, config.batch_size) == (224, 128)
-    (tmp_path / "broken.png").write_bytes(b"no image")
+    for number in range(10):
+        (tmp_path / f"broken{number}.png").write_bytes(b"no image")
     config = resolved("--data", "imagefolder", "--data-root", tmp_path)
     assert config.img_size == 32
+
+
+def test_a_folder_of_few_images_is_refused(tmp_path):
+    for number in range(9):
+        (tmp_path / f"{number}.png").write_bytes(b"")
+    with pytest.raises(UsageError, match="--data-root .* 9 images .* too few; name a folder"):
+        resolved("--data", "imagefolder", "--data-root", tmp_path)
 
 
 def test_help_comes_in_groups(capsys):

@@ -310,9 +310,10 @@ def test_what_comes_next_is_named_and_works(
     train.main([*small_run, "--epochs", "0", "--data-root", str(photos / "train/red"),
                 "--out", str(tmp_path / "run3")])
     printed = capsys.readouterr().err
-    flags = ["features", "--split", "train", "--pictures", "--network", "student", "untrained"]
+    flags = ["features", "--split", "train", "--pictures", "--network", "student", "untrained",
+             "pixels"]
     assert f"; next: python eval.py {' '.join(flags)} --checkpoint" in printed
-    evaluation.main([*flags, "pixels", "--checkpoint", str(tmp_path / "run3/checkpoint.pt")])
+    evaluation.main([*flags, "--checkpoint", str(tmp_path / "run3/checkpoint.pt")])
     for name in ("student", "untrained", "pixels"):
         assert (tmp_path / f"run3/neighbours-{name}.png").exists()
 
