@@ -57,6 +57,8 @@ WORDS = {
     "mixedae": "MixedAE",
     "greenmim": "GreenMIM (another network)",
     "mae-mask-0.5": "MAE, 50% hidden",
+    "mae-same-views": "MAE, pixels not standardised, views of pl-mae",
+    "mae-plain-pixels-equal-time": "MAE, pixels not standardised, as long as pl-mae",
     "sdae-equal-time": "SdAE, trained as long as pl-mae",
     "cae-equal-time": "CAE, trained as long as pl-mae",
     "mixedae-equal-time": "MixedAE, trained as long as pl-mae",
