@@ -39,6 +39,7 @@ WORDS = {
     "untrained": "untrained encoder",
     "mae": "MAE",
     "mae-plain-pixels": "MAE, pixels not standardised",
+    "mae-same-views": "the same with the views and masks of pl-mae",
     "mae-equal-time": "MAE, trained as long as pl-mae",
     "rc-mae": "RC-MAE",
     "image-labels": "image pseudo labels alone",
@@ -57,7 +58,6 @@ WORDS = {
     "mixedae": "MixedAE",
     "greenmim": "GreenMIM (another network)",
     "mae-mask-0.5": "MAE, 50% hidden",
-    "mae-same-views": "MAE, pixels not standardised, views of pl-mae",
     "mae-plain-pixels-equal-time": "MAE, pixels not standardised, as long as pl-mae",
     "sdae-equal-time": "SdAE, trained as long as pl-mae",
     "cae-equal-time": "CAE, trained as long as pl-mae",
@@ -65,7 +65,7 @@ WORDS = {
     "greenmim-equal-time": "GreenMIM, trained as long as pl-mae",
     "cae-align-0": "CAE without alignment",
 }
-SUMMARY = list(WORDS)[:11]                                 # without the one of equal time
+SUMMARY = list(WORDS)[:12]                                 # without the one of equal time
 SUMMARY.remove("mae-equal-time")
 EVIDENCE = ("evidence", "photographs")                     # stages that looked at the test split
 BASELINES = ("other-colours", "pl-mae")                    # the first of them that is there
