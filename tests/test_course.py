@@ -1,12 +1,11 @@
-"""docs/course.md: the changes that it shows can be made, and a run with them ends."""
+"""docs/course.md: its sessions fit, the changes that it shows can be made, and a run with them
+ends."""
 
 import re
 import shutil
-import struct
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -27,8 +26,24 @@ def changed(file, diff):
     return source
 
 
-def test_there_are_three_short_ones():
-    assert len(CHANGES) == 3
+def test_four_sessions_fit():
+    """Into 75 minutes, with ten to spare."""
+    sessions = re.findall(r"^## Session \d.*?(?=^## )", TEXT, re.DOTALL | re.MULTILINE)
+    assert len(sessions) == 4
+    for session in sessions:
+        assert sum(map(int, re.findall(r"^\| (\d+) \|", session, re.MULTILINE))) <= 65
+
+
+def test_answers_are_folded():
+    """Students read this page, too: what follows the heading for the lecturer stands in <details>,
+    and no answer stands before it."""
+    before, after = TEXT.split("## For the lecturer\n")
+    assert "<details>" not in before and "sick. " not in before
+    assert after.count("<details>") == after.count("</details>") == 5
+
+
+def test_there_are_two_short_ones():
+    assert len(CHANGES) == 2
     for _, _, diff in CHANGES:
         assert sum(line[:1] in "+-" for line in diff.splitlines()) < 20
 
@@ -38,28 +53,12 @@ def test_fits(command, file, diff):
     compile(changed(file, diff), file, "exec")
 
 
-def write_kmnist(root):
-    """64 images of noise, in the files that torchvision keeps of KMNIST."""
-    folder = root / "KMNIST" / "raw"
-    folder.mkdir(parents=True)
-    for split in ("train", "t10k"):
-        head = struct.pack(">IIII", 2051, 64, 28, 28)
-        pixels = np.random.default_rng(0).integers(0, 256, 64 * 28 * 28, np.uint8)
-        (folder / f"{split}-images-idx3-ubyte").write_bytes(head + pixels.tobytes())
-        labels = bytes(i % 10 for i in range(64))
-        (folder / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, 64) + labels)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("command, file, diff", CHANGES)
 def test_trains(command, file, diff, tmp_path, small_flags):
     for path in (*ROOT.glob("*.py"), ROOT / "support"):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
     (tmp_path / file).write_text(changed(file, diff))
-    flags = small_flags
-    if "kmnist" in command:
-        write_kmnist(tmp_path / "data")
-        flags = ["--batch-size", "16", "--image-clusters", "8"]
-    found = subprocess.run([sys.executable, *command.split()[1:], *flags], cwd=tmp_path,
+    found = subprocess.run([sys.executable, *command.split()[1:], *small_flags], cwd=tmp_path,
                            capture_output=True, text=True)
     assert found.returncode == 0 and "done: " in found.stderr, found.stderr
