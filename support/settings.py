@@ -255,9 +255,9 @@ def row_of_folder(given, kind=Config):
                         given.get("val_fraction", Config.val_fraction))
     if not images:
         return {}
-    if images < 10:
+    if images < 8:
         raise UsageError(f"--data-root {given.get('data_root', Config.data_root)}: {images} images "
-                         "to train on are too few; name a folder with hundreds, or at least 10")
+                         "to train on are too few; name a folder with hundreds, or at least 8")
     size, patch = size_and_patch(side, given.get("model", Config.model))
     if "img_size" in given:
         size = given["img_size"]
