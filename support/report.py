@@ -215,9 +215,7 @@ def evaluate_and_save(run, step):
         found = monitor(kept, run.images, run.train_ids, run.val_ids, mean, std, run.device)
         teacher = run.teachers.labelling
         if teacher is not None:
-            enough = len(shown_ids) >= 4 * config.image_clusters      # else nothing shares a label
-            labelled_ids = subset(shown_ids if enough else run.train_ids,
-                                  min(1000, max(200, 8 * config.image_clusters)))
+            labelled_ids = subset(shown_ids, min(1000, max(200, 8 * config.image_clusters)))
             of_these = (config, run.images, labelled_ids, mean, std, run.device)
             labels = assign(teacher, *of_these)
             found |= agreements(labels, teacher, *of_these)
@@ -285,7 +283,7 @@ def conclude(run):
                 f"{first['knn_class']:.1%} and {last['knn_class']:.1%}, mean token "
                 f"{first['knn_mean']:.1%} and {last['knn_mean']:.1%}")
     looks = [r for r in read_json_lines(run.out / "metrics.jsonl") if "image_two_views" in r]
-    if looks and not tests:
+    if looks and not tests and run.total:
         first, last = (each["image_two_views"] for each in (looks[0], looks[-1]))
         run.say("two views of an image have one image pseudo label, before and after: "
                 f"{first:.1%} and {last:.1%}, of images that were trained on")
@@ -345,11 +343,11 @@ def table(task, records, alike):
         cells.append([name, *(in_percent(found.get(heading), sign) for heading in headings)])
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "".join("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) + "\n"
-                   for first, *rest in cells) + caution(records)
+                   for first, *rest in cells) + caution(records) * (task != "multilabel")
 
 
 def caution(records):
-    """What a table says of scores that are of few images; "" if they are of 100 or more."""
+    """What a table says of accuracies that are of few images; "" if they are of 100 or more."""
     n = min(record.get("scored", 100) for record in records.values())
     if n >= 100:
         return ""
@@ -412,9 +410,10 @@ def draw_evaluated(evaluated, n=8, nearest=6):
     own = images.y[shown[chosen]]
     rows = [([picture, *pictures(train, each)], [y, *train.y[each].tolist()])
             for picture, y, each in zip(pictures(images, shown[chosen]), own.tolist(), near)]
-    if (train.y < 0).all() and train.paths:                # then the files have names
-        rows = [(shown_row, [train.paths[i].name for i in (first, *each.tolist())])
-                for (shown_row, _), first, each in zip(rows, shown[chosen].tolist(), near)]
+    if (train.y < 0).all() and train.paths and images.paths:           # then the files have names
+        names = [[images.paths[first].name, *(train.paths[i].name for i in each)]
+                 for first, each in zip(shown[chosen].tolist(), near.tolist())]
+        rows = [(shown_row, each) for (shown_row, _), each in zip(rows, names)]
     title = f"{evaluated.name}, {token}" + " token" * (token != "pixels")
     draw_neighbours(rows, train.classes, title, evaluated.output_path("neighbours", ".png"))
 

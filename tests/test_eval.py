@@ -308,8 +308,9 @@ def test_differences_are_of_the_same_draws():
 @pytest.mark.parametrize("scored", [25, 100])
 def test_scores_of_few_images_come_with_a_caution(scored):
     record = {"task": "knn", "split": "test", "tokens": {"class": 0.5}, "scored": scored}
-    words = "one is 4.0 points, and a score has a standard error of up to 10"
-    assert (words in report.table("knn", {"a": record}, {"a"})) == (scored < 100)
+    words = "images are scored: one is 4.0 points, and a score has a standard error of up to 10"
+    table = report.table("knn", {"a": record}, {"a"})
+    assert ("images are scored" in table) == (words in table) == (scored < 100)
 
 
 def test_multilabel(shapes_run, capsys):

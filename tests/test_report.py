@@ -87,6 +87,7 @@ def test_labels_that_hold_nothing_are_said_at_the_end(tmp_path, capsys):
         said = capsys.readouterr().out
         assert words in said and ("warning" in said) == bool(words)
         assert "features --split train --pictures" in said
+        assert f"before and after: {alike:.1%} and {alike:.1%}, of images that were" in said
 
 
 def test_of_two_clusters_both_may_be_in_use():

@@ -291,7 +291,7 @@ def test_other_images_are_refused(small_run, photos, tmp_path, no_pictures):
 
 
 def test_what_comes_next_is_named_and_works(
-        small_run, photos, tmp_path, no_pictures, capsys):
+        small_run, photos, tmp_path, no_pictures, capsys, monkeypatch):
     train.main([*small_run, "--epochs", "0"])
     assert "; next: python eval.py linear --checkpoint" in capsys.readouterr().err
     shutil.copytree(photos / "train", tmp_path / "alone" / "train")
@@ -316,6 +316,13 @@ def test_what_comes_next_is_named_and_works(
     evaluation.main([*flags, "--checkpoint", str(tmp_path / "run3/checkpoint.pt")])
     for name in ("student", "untrained", "pixels"):
         assert (tmp_path / f"run3/neighbours-{name}.png").exists()
+    for part, images in (("train", "test/red"), ("test", "train/green")):    # of a test split, too
+        shutil.copytree(photos / images, tmp_path / "flat" / part)
+    drawn = []
+    monkeypatch.setattr("support.report.draw_neighbours", lambda rows, *rest: drawn.extend(rows))
+    evaluation.main(["features", "--split", "test", "--pictures", "--data-root",
+                     str(tmp_path / "flat"), "--checkpoint", str(tmp_path / "run3/checkpoint.pt")])
+    assert all(isinstance(name, str) for _, names in drawn for name in names) and drawn
 
 
 def test_another_config_is_refused_and_the_run_left_alone(small_run, no_pictures):

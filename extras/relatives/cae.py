@@ -82,7 +82,7 @@ class RegressorBlock(nn.Module):
         at whom, not in what is seen there."""
         seen, places = torch.cat([visible, x], 1), torch.cat([visible_place, place], 1)  # B V+M D
         found = self.attn(self.norm_q(x + place), self.norm_k(seen + places), self.norm_v(seen))
-        x = self.norm2(x + self.scale1 * found)            # of the sum, as in the authors' code
+        x = self.norm2(x + self.scale1 * found)            # the sum is normed, as in theirs
         return x + self.scale2 * self.mlp(x)
 
 

@@ -12,7 +12,7 @@ looks only at those most like it (TopK attention), and a contrast pulls tokens o
 What differs from MAE: foreign patches stand where MAE has nothing. If each looked at patches of its
 own image alone, and not at the class token, this would be MAE on G views with complementary masks.
 The contrast asks each token which others are of its image. It lies between ln(N - 1), where all are
-alike likely, and ln(V - 1), where its own alone are. G is 1 / (1 - mask ratio). A patch looks at
+equally likely, and ln(V - 1), where its own alone are. G is 1 / (1 - mask ratio). A patch looks at
 V = N / G patches, often itself too, and at the class token, which looks at all. Evaluation uses
 plain attention. A segment code, added to the patches of an image, says what belongs together: a
 flag, and off, as with it the contrast can be solved without looking (tests/test_relatives.py).
