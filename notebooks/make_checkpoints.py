@@ -11,7 +11,8 @@ Writes into the folder of this file, weights in half precision:
                                 which keeps the files small. The last one is of the pictures that
                                 `draw_pictures` draws, in a folder
     rc-mae.pt, sdae.pt, ...     likewise: other ways to change an MAE, for notebook 7. They are runs
-                                of results/study.jsonl
+                                of results/study.jsonl. Teachers of these two are slow, and still
+                                differ from the student at the end: the notebook says so of SdAE
     pl-mae-same-colours.pt      the labelling teacher alone, at the end of a run whose teachers see
                                 the student's colours
     history-b.jsonl             what the log of a run holds, a line after each epoch: of `pl-mae`

@@ -39,7 +39,7 @@ WORDS = {
     "untrained": "untrained encoder",
     "mae": "MAE",
     "mae-plain-pixels": "MAE, pixels not standardised",
-    "mae-same-views": "MAE, likewise, views, colours and masks of pl-mae",
+    "mae-same-views": "MAE, pixels not standardised, views and masks of pl-mae",
     "mae-equal-time": "MAE, trained as long as pl-mae",
     "rc-mae": "RC-MAE",
     "image-labels": "image pseudo labels alone",
