@@ -3,18 +3,17 @@
     python eval.py knn --checkpoint runs/pl-mae-shapes-micro/checkpoint.pt
     python eval.py knn linear lowshot --checkpoint runs/A/checkpoint.pt runs/B/checkpoint.pt
 
-`knn` asks whether images of a class lie together; `linear` whether a plane separates them. For a
-masked autoencoder the second answer is much the better one. `lowshot` is logistic regression with
-1, 2, 5, 10 images of each class, and with 1 % and 10 % of all; `multilabel` the same where an image
-may have several. `patches` paints each patch in a class; masks tell whether it is the right one.
-`diagnose` looks for collapse, and at what pseudo labels agree with. `features` writes features into
-a file of numpy; `export` the encoder for timm and Hugging Face.
+`knn` asks whether images of a class lie together; `linear` whether a plane separates them.
+`lowshot` is logistic regression with 1, 2, 5, 10 images of each class, and with 1 % and 10 % of
+all; `multilabel` the same where an image may have several. `patches` paints each patch in a class;
+masks tell whether it is the right one. `diagnose` looks for collapse, and at what pseudo labels
+agree with. `features` writes features into a file of numpy; `export` the encoder for timm and
+Hugging Face.
 
 The choice of token matters, so both are reported: the class token, and the mean of the patch
 tokens. Where one number is given, it is of the token that was better on validation images. These
 are the images of the training split that the run held out (of another set, or if it held out none,
-a tenth of that split). They also choose what is tuned. --split validation stops there and does not
-look at the test split.
+a tenth of that split). They also choose what is tuned. --split validation stops there.
 
 Of each task and network a JSON object is printed, and appended to eval.jsonl beside the checkpoint.
 A table on stderr compares them. It also shows each difference from the first.
@@ -66,6 +65,8 @@ class Evaluated:
         parts = [Path(checkpoint).stem.removeprefix("checkpoint"), network,
                  options.img_size and "x".join(map(str, self.encoder.img_size))]
         self.suffix = "".join(f"-{part}" for part in parts if part)
+        self.own = options.pictures and datasets.single_files(
+            options.pictures, self.encoder.img_size, self.encoder.in_chans, "--pictures")
         self.found = {}
 
     def images(self, split):
@@ -304,8 +305,8 @@ def parse(argv):
         help="of lowshot and multilabel: how often images are drawn (default: 3)")
     add("--plot", type=path, metavar="FILE",
         help="of lowshot or multilabel: draw scores over amounts")
-    add("--pictures", action="store_true", help="draw nearest neighbours, attention and principal "
-        "components beside the checkpoint")
+    add("--pictures", nargs="*", type=path, metavar="FILE", help="draw nearest neighbours, "
+        "attention and principal components beside the checkpoint; FILE: what is nearest to it")
     add("--patches", action="store_true", default=None, help="of features: patch tokens too")
     add("--out", type=path, metavar="PATH", help="of features: the file; of export: the folder "
         "(default: beside the checkpoint)")
@@ -387,7 +388,7 @@ def main(argv=None):
             if len(evaluated) * len(options.task) > 1:
                 print(f"{each.name}: {task} ...", file=sys.stderr)
             records[task][each.name] = run(task, each)
-        if options.pictures:
+        if options.pictures is not None:
             report.draw_evaluated(each)
         each.found.clear()                                 # features of the next take their place
     alike = {each.name for each in evaluated if each.set == evaluated[0].set}
@@ -409,8 +410,7 @@ def run(task, evaluated):
     with memory_errors_in_one_line(evaluated.device, f"--device {options.device}",
                                    "use another one, or a smaller --img-size"):
         record |= TASKS[task](evaluated)
-    seconds = round(time.perf_counter() - start, 1)
-    record |= {"checkpoint": evaluated.checkpoint, "seconds": seconds}
+    record |= {"checkpoint": evaluated.checkpoint, "seconds": round(time.perf_counter() - start, 1)}
     append_json(Path(evaluated.checkpoint).parent / "eval.jsonl", record)
     print(json.dumps(record), flush=True)
     return record

@@ -202,6 +202,12 @@ def folder(root, split, size, channels, resident_gb):
     return resident(Images(y, classes, size, channels, paths=paths), resident_gb)
 
 
+def single_files(paths, size, channels, flag):
+    """Image files that belong to no set, as `Images`. flag: what names them, for UsageError."""
+    pixels = torch.stack([decode(path, size, channels, flag) for path in paths])
+    return Images(torch.full((len(paths),), -1), [], size, channels, pixels, [*map(Path, paths)])
+
+
 def class_name(folder):
     """The name of a class folder. Of two ways to write an umlaut (macOS has another one than Linux
     and Windows) it is always the composed one; and it is UTF-8 whatever the locale."""

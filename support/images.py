@@ -69,31 +69,31 @@ def upright_size(path):
         return image.size[::-1] if turned else image.size
 
 
-def open_image(path, channels, least=None):
-    """An image file of --data-root, converted. Raises UsageError if it cannot be decoded.
+def open_image(path, channels, least=None, flag="--data-root"):
+    """An image file, converted. Raises UsageError, which names the flag, if it cannot be decoded.
 
     least: so many pixels are enough for a side. Then a large JPEG file is decoded at a half, a
     quarter or an eighth of its size, no smaller than that, in a fraction of the time."""
-    with unreadable_in_one_line(path), Image.open(path) as image:
+    with unreadable_in_one_line(path, flag), Image.open(path) as image:
         if least is not None:
             image.draft(None, (math.ceil(least), math.ceil(least)))
-        return convert(image, channels, f"--data-root: {path}")
+        return convert(image, channels, f"{flag}: {path}")
 
 
 @contextmanager
-def unreadable_in_one_line(path):
+def unreadable_in_one_line(path, flag="--data-root"):
     """Inside, whatever goes wrong with an image file is a UsageError."""
     try:
         yield
     except Image.DecompressionBombError as error:
-        raise UsageError(f"--data-root: {path} has more than {2 * Image.MAX_IMAGE_PIXELS:,} "
+        raise UsageError(f"{flag}: {path} has more than {2 * Image.MAX_IMAGE_PIXELS:,} "
                          "pixels; shrink or remove it") from error
     except (UsageError, MemoryError):
         raise
     except Exception as error:                 # decoders raise many kinds for files that are broken
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             raise                              # it is not the image that is at fault
-        raise UsageError(f"--data-root: {path} cannot be decoded as an image ({error}); "
+        raise UsageError(f"{flag}: {path} cannot be decoded as an image ({error}); "
                          "mend or remove it") from error
 
 
@@ -103,9 +103,10 @@ def centre(image, size):
     return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
 
 
-def decode(path, size, channels):
+def decode(path, size, channels, flag="--data-root"):
     """An image file, its centre cropped to the shape of size and resized: C H W uint8."""
-    image = open_image(path, channels, least=2 * max(size))            # twice is Pillow's advice
+    least = 2 * max(size)                                  # twice is Pillow's advice
+    image = open_image(path, channels, least, flag)
     return TF.pil_to_tensor(centre(image, size))
 
 

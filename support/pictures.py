@@ -246,23 +246,18 @@ def clusters(found, pictures, grid, path):
 
 # ------------------------------------------------------------------------------------- evaluations
 
-def draw_neighbours(rows, classes, title, path):
-    """Draw neighbours.png. Each row has pictures, an image and those nearest to it, and their
-    classes y: green if of the class of the first, red if not; or, where no class is known, names of
-    their files."""
-    columns = max(len(pictures) for pictures, _ in rows)
+def draw_neighbours(rows, title, path):
+    """Draw neighbours.png. Each row is an image and those nearest to it: (picture, (caption, its
+    colour)) of each."""
+    columns = max(map(len, rows))
     figure, axes = plt.subplots(len(rows), columns, figsize=(1.2 * columns, 1.4 * len(rows)),
                                 squeeze=False, layout="constrained")
-    for row, (pictures, y) in zip(axes, rows):
-        for axis in row:
-            axis.axis("off")
-        for axis, picture, number in zip(row, pictures, y):
+    for axis in axes.flat:
+        axis.axis("off")
+    for each, row in zip(axes, rows):
+        for axis, (picture, (caption, colour)) in zip(each, row):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
-            if isinstance(number, str):
-                axis.set_title(number[-14:], fontsize=8)
-            elif number >= 0:
-                colour = "black" if axis is row[0] else "green" if number == y[0] else "red"
-                axis.set_title(classes[number][:14], fontsize=8, color=colour)
+            axis.set_title(caption, fontsize=8, color=colour)
     figure.suptitle(f"{title}: an image, and those nearest to it", fontsize=9)
     save(figure, path)
 

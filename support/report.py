@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from data import generator
 from mae import VisionTransformer
 from support import checkpoint
-from support.datasets import part_of
+from support.datasets import Images, part_of
 from support.devices import best_precision, peak_memory
 from support.files import append_json, read_json_lines
 from support.health import (
@@ -40,7 +41,14 @@ from support.pictures import (
     draw_rows,
     to_pictures,
 )
-from support.probes import class_attention, first_components, guessing, standardised, subset
+from support.probes import (
+    class_attention,
+    features,
+    first_components,
+    guessing,
+    standardised,
+    subset,
+)
 from support.ranks import alone, of_each_rank, over_ranks, world_size
 from support.settings import describe, kept_network, samples_and_clusters
 from teachers import between_images
@@ -380,51 +388,51 @@ def plot_few(task, records, path):
     draw_few(found, ylabel, guessing_of(records), path)
 
 
+class Shown(NamedTuple):
+    """Some images of a split, and their features."""
+    images: Images
+    ids: torch.Tensor          # n: which of them
+    x: torch.Tensor            # n D, on the CPU
+
+
 def draw_evaluated(evaluated, n=8, nearest=6):
     """Draw neighbours.png, attention.png and components.png beside the checkpoint.
 
-    Of n images of the test split, or of those that validate, or, without classes, of all: the
-    training images that are nearest by cosine, and what their class tokens attend to. Of up to
-    2,000: the first two principal components of their features."""
-    x, ids, train = evaluated.features("train"), evaluated.ids("train"), evaluated.images("train")
-    token = evaluated.options.token or next(iter(x))          # the class token, or pixels
-    x = x[token].cpu()
-    if evaluated.tested:
-        images, shown = evaluated.images("test"), evaluated.ids("test")
-        shown_x = evaluated.features("test")[token].cpu()
-    elif (train.y < 0).all():
-        images, shown, shown_x = train, ids, x
-    else:
-        images, val = train, evaluated.validates(ids)
-        shown, shown_x, ids, x = ids[val], x[val], ids[~val], x[~val]
-    mean_std = evaluated.mean_std
+    Of the files that --pictures names, or of n images: the training images that are nearest by
+    cosine, and what their class tokens attend to. Of up to 2,000 images, not of those files: the
+    first two principal components of their features."""
+    token = evaluated.options.token or next(iter(evaluated.features("train")))
+    mean_std, own = evaluated.mean_std, evaluated.own
+    shown, train = shown_and_searched(evaluated, token)    # token: the class token, or pixels
 
     def pictures(images, ids):
         return to_pictures(standardised(images, ids, *mean_std), *mean_std)
 
-    chosen = subset(torch.arange(len(shown)), n)
-    cosine = F.normalize(shown_x[chosen], dim=1) @ F.normalize(x, dim=1).T
-    if shown is ids:                                       # not itself
+    chosen = subset(torch.arange(len(shown.ids)), len(shown.ids) if own else n)
+    cosine = F.normalize(shown.x[chosen], dim=1) @ F.normalize(train.x, dim=1).T
+    if shown is train:                                     # not itself
         cosine[torch.arange(len(chosen)), chosen] = -2
-    near = ids[cosine.topk(min(nearest, len(x))).indices]                               # n nearest
-    own = images.y[shown[chosen]]
-    rows = [([picture, *pictures(train, each)], [y, *train.y[each].tolist()])
-            for picture, y, each in zip(pictures(images, shown[chosen]), own.tolist(), near)]
-    if (train.y < 0).all() and train.paths and images.paths:           # then the files have names
-        names = [[images.paths[first].name, *(train.paths[i].name for i in each)]
-                 for first, each in zip(shown[chosen].tolist(), near.tolist())]
-        rows = [(shown_row, each) for (shown_row, _), each in zip(rows, names)]
+    cosine, near = cosine.topk(min(nearest, len(train.x)))                              # n nearest
+    rows = []
+    for i, cosines, others in zip(shown.ids[chosen], cosine.tolist(), train.ids[near]):
+        y, paths = shown.images.y[i], train.images.paths
+        captions = [caption(shown.images, i), *(caption(train.images, j, y) for j in others)]
+        row = [*pictures(shown.images, i[None]), *pictures(train.images, others)]
+        rows.append(list(zip(row, captions)))
+        if own and paths:
+            found = ", ".join(f"{paths[j]} ({each:.2f})" for j, each in zip(others, cosines))
+            print(f"{evaluated.name}: nearest to {own.paths[i]} are {found}", file=sys.stderr)
     title = f"{evaluated.name}, {token}" + " token" * (token != "pixels")
-    draw_neighbours(rows, train.classes, title, evaluated.output_path("neighbours", ".png"))
+    draw_neighbours(rows, title, evaluated.output_path("neighbours", ".png"))
 
-    few = subset(torch.arange(len(shown)), 2000)
-    if len(few) > 1:
-        draw_components(*first_components(shown_x[few]), images.y[shown[few]], images.classes,
-                        title, evaluated.output_path("components", ".png"))
+    few = subset(torch.arange(len(shown.ids)), 2000)
+    if len(few) > 1 and not own:
+        draw_components(*first_components(shown.x[few]), shown.images.y[shown.ids[few]],
+                        shown.images.classes, title, evaluated.output_path("components", ".png"))
     if token != "pixels" and not isinstance(evaluated.encoder, VisionTransformer):
         print(f"{evaluated.name}: no attention.png, as it has no class token", file=sys.stderr)
     elif token != "pixels":
-        imgs = standardised(images, shown[chosen], *mean_std)
+        imgs = standardised(shown.images, shown.ids[chosen], *mean_std)
         maps = class_attention(evaluated.encoder, imgs.to(evaluated.device)).cpu()     # n heads N
         rows = {"image": to_pictures(imgs, *mean_std)}
         for head, each in enumerate(maps.unbind(1), 1):
@@ -433,3 +441,34 @@ def draw_evaluated(evaluated, n=8, nearest=6):
         draw_rows(rows, evaluated.output_path("attention", ".png"))
     drawn = evaluated.output_path("neighbours", ".png")
     print(f"drawn: {drawn}, and other pictures beside it", file=sys.stderr)
+
+
+def shown_and_searched(evaluated, token):
+    """The files of --pictures, or the test split, or what validates, or, without classes, all
+    training images; and the training images among which their neighbours are: two `Shown`."""
+    def of(split):
+        return Shown(evaluated.images(split), evaluated.ids(split),
+                     evaluated.features(split)[token].cpu())
+
+    train = of("train")
+    if evaluated.own:
+        ids = torch.arange(len(evaluated.own))
+        x = features(evaluated.extractor, evaluated.own, ids, *evaluated.mean_std,
+                     evaluated.device)
+        return Shown(evaluated.own, ids, x[token].cpu()), train
+    if evaluated.tested:
+        return of("test"), train
+    if (train.images.y < 0).all():
+        return train, train
+    val = evaluated.validates(train.ids)
+    return [Shown(train.images, train.ids[part], train.x[part]) for part in (val, ~val)]
+
+
+def caption(images, i, other=-1):
+    """What stands over image i, and in which colour: its class, green if it is the class `other`,
+    red if not (-1: unknown). Without a class, the name of its file."""
+    y = images.y[i]
+    if y < 0:
+        return (images.paths[i].name[-14:] if images.paths else ""), "black"
+    colour = "black" if other < 0 else "green" if y == other else "red"
+    return images.classes[y][:14], colour

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,6 +18,7 @@ from pseudo_labels import Student
 from support import pictures, probes, report, shapes, weights
 from support.checkpoint import load_run
 from support.command_line import UsageError
+from support.datasets import Images
 from support.settings import kept_network
 from support.weights import load_encoder, to_official
 
@@ -385,11 +387,48 @@ def test_pictures(untrained, monkeypatch, network, names, split):
                      network, "--split", split])
     found = {path.stem for path in Path(untrained).parent.glob(f"*-{network}.png")}
     assert found == {f"{name}-{network}" for name in names - {"neighbours"}}
-    right = [label == labels[0] for _, labels in drawn["rows"] for label in labels[1:]]
+    colours = [colour for row in drawn["rows"] for _, (_, colour) in row[1:]]
     assert len(drawn["rows"]) == (8 if split == "test" else 7)
-    assert sum(right) > 0.6 * len(right)                   # hues: neighbours are of a class
-    for shown, _ in drawn["rows"]:                         # none is its own neighbour
-        assert not any(np.array_equal(shown[0], each) for each in shown[1:])
+    assert colours.count("green") > 0.6 * len(colours)     # hues: neighbours are of a class
+    for (first, _), *near in drawn["rows"]:                # none is its own neighbour
+        assert not any(np.array_equal(first, each) for each, _ in near)
+
+
+def test_pictures_of_files_of_ones_own(untrained, photos, tmp_path, monkeypatch, capsys):
+    """Of a folder: an image of the training split is nearest to itself. Of another set: no class is
+    said to be right or wrong. A file that is no image is said before there are scores."""
+    drawn = []
+    monkeypatch.setattr(report, "draw_rows", pictures.draw_rows)
+    monkeypatch.setattr(report, "draw_neighbours", lambda rows, *rest: drawn.append(rows))
+    own = sorted((photos / "train/red").iterdir())[:2]
+    folder = shutil.copytree(Path(untrained).parent, tmp_path / "copy")
+    flags = ["knn", "--checkpoint", str(folder / "checkpoint.pt"), "--device", "cpu"]
+    evaluation.main([*flags, "--pictures", *map(str, own)])
+    evaluation.main([*flags, "--data", "imagefolder", "--data-root", str(photos), "--pictures",
+                     *map(str, own)])
+    of_hues, of_folder = drawn
+    for rows in drawn:
+        assert [row[0][1] for row in rows] == [(path.name[-14:], "black") for path in own]
+        assert {colour for row in rows for _, (_, colour) in row} == {"black"}
+    assert np.array_equal(of_folder[1][0][0], of_folder[1][1][0])
+    assert f"nearest to {own[1]} are {own[1]} (1.00), " in capsys.readouterr().err
+    assert {path.stem for path in folder.glob("*.png")} == {"attention"}       # no components
+
+    before = (folder / "eval.jsonl").read_bytes()
+    (tmp_path / "no.jpg").write_text("no image")
+    for name in ("no.jpg", "not-there.jpg"):
+        with pytest.raises(UsageError, match=f"^--pictures: .*{name} cannot be decoded"):
+            evaluation.main([*flags, "--pictures", str(own[0]), str(tmp_path / name)])
+    assert before == (folder / "eval.jsonl").read_bytes()
+
+
+def test_a_caption_is_the_class_or_the_name_of_the_file():
+    images = Images(torch.tensor([1, 0, -1]), ["cat", "dog"], (8, 8), 3,
+                    paths=[Path("a.jpg"), Path("b.jpg"), Path("x/of-a-long-name.jpg")])
+    assert report.caption(images, 0) == ("dog", "black")
+    assert [report.caption(images, i, 1) for i in (0, 1)] == [("dog", "green"), ("cat", "red")]
+    assert report.caption(images, 2, 1) == ("-long-name.jpg", "black")
+    assert report.caption(replace(images, paths=None), 2) == ("", "black")
 
 
 # ---------------------------------------------------------------------------------- what is refused

@@ -157,17 +157,15 @@ def test_few_labels_are_drawn_by_their_number_and_in_per_cent(drawn):
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["guessing", "net"]
 
 
-def test_neighbours_of_the_class_of_the_image_are_green(drawn):
+def test_neighbours_have_their_captions(drawn):
     figures, path = drawn
-    rows = [(flat_pictures(3), [1, 1, 0]), (flat_pictures(3), [-1, 0, -1]),
-            (flat_pictures(3), ["a.jpg", "b.jpg", "c.jpg"])]
-    draw_neighbours(rows, ["cat", "dog"], "net", path)
+    captions = [("dog", "black"), ("dog", "green"), ("cat", "red")]
+    draw_neighbours([list(zip(flat_pictures(3), captions)),
+                     list(zip(flat_pictures(2), captions))], "net", path)
     titles = [(axis.get_title(), axis.title.get_color()) for axis in figures[0].axes]
-    assert titles[:3] == [("dog", "black"), ("dog", "green"), ("cat", "red")]
-    assert titles[3][0] == titles[5][0] == ""
-    assert [title for title, _ in titles[6:]] == ["a.jpg", "b.jpg", "c.jpg"]
-    shown = [axis.images[0].get_array()[0, 0] for axis in figures[0].axes]
-    assert shown == pytest.approx([0, 0.01, 0.02] * 3)
+    assert titles[:5] == captions + captions[:2] and titles[5][0] == ""
+    shown = [axis.images[0].get_array()[0, 0] for axis in figures[0].axes[:5]]
+    assert shown == pytest.approx([0, 0.01, 0.02, 0, 0.01])
 
 
 def test_lines_of_few_steps_are_not_drawn():

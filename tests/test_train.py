@@ -322,7 +322,7 @@ def test_what_comes_next_is_named_and_works(
     monkeypatch.setattr("support.report.draw_neighbours", lambda rows, *rest: drawn.extend(rows))
     evaluation.main(["features", "--split", "test", "--pictures", "--data-root",
                      str(tmp_path / "flat"), "--checkpoint", str(tmp_path / "run3/checkpoint.pt")])
-    assert all(isinstance(name, str) for _, names in drawn for name in names) and drawn
+    assert drawn and all(name.endswith(".png") for row in drawn for _, (name, _) in row)
 
 
 def test_another_config_is_refused_and_the_run_left_alone(small_run, no_pictures):
