@@ -62,10 +62,10 @@ def crop_boxes(u, H, W, out, smallest):
 
     u ... 4 in 0..1 -> top, left, height, width: ... 4, whole pixels.
 
-    The area is uniform in smallest..1 of the image. The logarithm of the aspect ratio is uniform
-    in 3/4..4/3 times that of the output. A box that sticks out is cut to the image; torchvision
-    draws again up to ten times instead. smallest = 1 does not crop, unless the image has another
-    aspect ratio than the output."""
+    The area is uniform in smallest..1 of the image. The aspect ratio is 3/4 to 4/3 times that of
+    the output, and its logarithm uniform, so that wide and tall boxes are equally likely. A box
+    that sticks out is cut to the image; torchvision draws again up to ten times instead. smallest =
+    1 does not crop, unless the image has another aspect ratio than the output."""
     wide = 2 * u[..., 1] - 1 if smallest < 1 else torch.zeros_like(u[..., 1])
     area = smallest + u[..., 0] * (1 - smallest)
     ratio = (4 / 3) ** wide * out[1] / out[0]
@@ -162,8 +162,8 @@ def recolour(x, u, strength=1.0):
 class CroppedFiles(torch.utils.data.Dataset):
     """Item (index, crop numbers: views 4) -> crops of that image file: views C H W uint8.
 
-    They are cut at the file's own resolution, or at one that is still no lower than that of the
-    smallest crop after it is resized."""
+    They are cut from the file at its own resolution. A large JPEG may be decoded smaller, but never
+    so small that a crop has to be enlarged for it."""
 
     def __init__(self, images, smallest):
         self.images, self.smallest = images, smallest
@@ -246,16 +246,13 @@ class Batches:
         """Yield `Views`, `accumulate` of them for each step from start to before stop."""
         n = self.batch // self.accumulate // self.world
         steps = map(self.numbers, range(start, stop))
-        for numbers, files in zip(steps, repeat(None)) if self.resident else self.stream(steps):
+        batches = zip(steps, repeat(None)) if self.resident else self.stream(steps)
+        for numbers, files in batches:                     # files: (accumulate n) views C H W
             numbers = {name: self.to_device(v) for name, v in numbers.items()}
-            if not self.resident:
-                files = self.to_device(files)                          # (accumulate n) views C H W
             for first in range(0, self.accumulate * n, n):
                 part = {name: v[first:first + n] for name, v in numbers.items()}
-                if self.resident:
-                    x = self.pixels[part["ids"]][:, None]              # n 1 C H W
-                else:
-                    x = files[first:first + n]                         # n views C H W
+                # n 1 C H W, whole images; or n views C H W, crops of files
+                x = self.pixels[part["ids"]][:, None] if self.resident else files[first:first + n]
                 yield self.augment(part, x)
 
     def stream(self, steps):
@@ -272,7 +269,7 @@ class Batches:
         for crops in torch.utils.data.DataLoader(
                 files, batch_sampler=plan(), num_workers=self.workers,
                 worker_init_fn=survive_one_signal, pin_memory=self.device.type == "cuda"):
-            yield ahead.popleft(), crops
+            yield ahead.popleft(), self.to_device(crops)
 
     def to_device(self, x):
         """x on the device. From pinned memory the copy does not make the host wait."""

@@ -89,8 +89,7 @@ class Evaluated:
 
     def kept_out(self):
         """The share of the training split that validates: what the run held out, on its own set."""
-        own = self.data == self.config.get("data")
-        return (self.config.get("val_fraction") if own else None) or 0.1
+        return self.data == self.config.get("data") and self.config.get("val_fraction") or 0.1
 
     def validates(self, ids):
         """Of training images, True for those that choose and do not train."""
@@ -326,8 +325,9 @@ def parse(argv):
 def check(options):
     """Raises UsageError for flags that do not go together."""
     tasks, networks = set(options.task), options.network or []
+    drawn = {"token"} if options.pictures is not None else set()       # pictures are of a token
     for name, users in USED_BY.items():
-        if getattr(options, name) is not None and not users & tasks:
+        if getattr(options, name) is not None and name not in drawn and not users & tasks:
             raise UsageError(f"--{name}: not used by {', '.join(options.task)}; leave it out")
     if "pixels" in networks and options.token:
         raise UsageError(f"--token {options.token}: raw pixels have no tokens; leave it out")

@@ -151,12 +151,13 @@ def sinkhorn(scores, temperature=0.05, iterations=3):
     float32 at least (`at_least_fp32`). Temperature, iterations: SwAV's (Caron et al. 2020)."""
     log_q = at_least_fp32(scores) / temperature                                            # S K
     for _ in range(iterations):
-        # A cluster sums to 1: less its logsumexp over the samples of all ranks. That is written
-        # out, so that only K numbers travel between ranks. The maximum keeps exp in range.
+        # Columns. To divide by the sum of a column is, in logs, to subtract its logsumexp. That is
+        # over the samples of all ranks. Written as a maximum and a sum, it lets ranks exchange K
+        # numbers and no samples. The maximum keeps exp in range.
         top = over_ranks(log_q.amax(0), "MAX")                                               # K
         total = over_ranks((log_q - top).exp().sum(0), "SUM")                                # K
         log_q = log_q - top - total.log()
-        # A sample: its probabilities sum to 1.
+        # Rows: the probabilities of a sample sum to 1.
         log_q = log_q.log_softmax(dim=1)
     return log_q.exp()
 
@@ -266,7 +267,8 @@ def me_max(scores, temperature=0.1):
 
     scores ... K of the student, with gradient."""
     mean = mean_over_ranks((scores / temperature).softmax(-1).flatten(0, -2).mean(0))          # K
-    # A mean that is too small for its type is 0, where the logarithm has no gradient.
+    # The mean of a cluster that nobody uses can underflow to 0. The gradient would then be log 0,
+    # minus infinity. So the logarithm sees the smallest positive number in its place.
     least = mean.clamp(min=torch.finfo(mean.dtype).tiny)
     return math.log(len(mean)) + torch.special.xlogy(mean, least).sum()
 

@@ -200,12 +200,10 @@ def standardise(tokens, how):
 
 @torch.no_grad()
 def between_images(tokens):
-    """Of tokens B N D: the variance between images at the same position, and its share of the
-    whole.
-
-    The first is the loss of the best prediction that does not look at the image, the mean token of
-    each position: a token loss that does not go below it has learned positions only. A share near 0
-    means that targets say where, not what."""
+    """Tokens B N D -> two numbers. First, the variance between images at the same position. It is
+    the loss of predicting the mean token of each position without looking at the image: a token
+    loss that does not fall below it has learned positions only. Second, its share of the whole
+    variance. Near 0, targets say where a patch is and not what it shows."""
     tokens = at_least_fp32(tokens)
     position = mean_over_ranks(tokens.mean(0))                                               # N D
     between = mean_over_ranks((tokens - position).square().mean())

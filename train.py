@@ -238,7 +238,8 @@ def train(run, batches, watch, one_step=training_step):
             asked = time.perf_counter()
             views = next(stream)
             meter.waited += time.perf_counter() - asked
-            last = micro == config.accumulate - 1          # ranks exchange gradients once a step
+            # Ranks exchange gradients in `backward`. The last one of a step is enough.
+            last = micro == config.accumulate - 1
             with nullcontext() if last or world_size() == 1 else called.no_sync():
                 with run.autocast:
                     loss, terms, labels, targets = one_step(called, teachers, views, config)

@@ -243,7 +243,7 @@ def table(rows, kind, *where):
     by_name = by_run(rows, *where[:2])
     if kind == "all":
         return all_tables(by_name) if by_name else ""
-    return markdown(pair_table(by_name, *where[2:]))
+    return markdown(pair_table(by_name, *where[2:])) if by_name.keys() >= {*where[2:]} else ""
 
 
 def in_order(names):

@@ -30,7 +30,7 @@ import torch
 
 from pseudo_labels import Student
 from support.command_line import UsageError, make_folder
-from support.files import truncate_log, write_atomically
+from support.files import read_json, truncate_log, write_atomically
 from support.life import lock
 from support.ranks import world_size
 from support.settings import FREE, architecture
@@ -161,11 +161,8 @@ def parts_of(run):
 
 def precision_before(out):
     """The precision of the run in the folder `out`, None if it holds none."""
-    if not (Path(out) / NAME).exists():
-        return None
-    file = load_checkpoint(Path(out) / NAME, "--out")
-    config = file.get("config") if isinstance(file, dict) else None
-    return config.get("precision") if isinstance(config, dict) else None
+    there = all((Path(out) / name).exists() for name in ("config.json", NAME))
+    return read_json(Path(out) / "config.json").get("precision") if there else None
 
 
 def continue_from(path, config, free, mean, images, key="student"):

@@ -21,7 +21,7 @@ from support.checkpoint import load_run
 from support.masks import classes_in, masks_of, pixels_of_classes
 from support.pictures import to_pictures
 from support.probes import CHUNK, accuracy, features, knn, standardised, subset, tokens_in_chunks
-from teachers import Teacher, standardise
+from teachers import standardise
 
 MONITORED = 2000                           # held-out images that k-NN while training looks at
 SCORES = 2**27                             # scores of patches kept at a time: half a gigabyte
@@ -212,25 +212,18 @@ def diagnose(path, network, images, ids, mean, std, device):
                 found[f"student_vs_{name}_{token}"] = centred_cosine(
                     found_features["student"][token], x)
     if teachers.labelling is not None:
-        found |= diagnose_labels(student, teachers.labelling, config, images, ids, mean, std,
-                                 device)
+        found |= diagnose_labels(teachers.labelling, config, images, ids, mean, std, device)
     return found
 
 
-def diagnose_labels(student, teacher, config, images, ids, mean, std, device):
+def diagnose_labels(teacher, config, images, ids, mean, std, device):
     """What `diagnose` says of pseudo labels, those of the labelling teacher."""
-    as_teacher = Teacher(student, heads=True)              # the labels that the student would make
-    for name, centre in as_teacher.centres.items():
-        centre.copy_(teacher.centres[name])
-    labels, students = (assign(each.to(device), config, images, ids, mean, std, device)
-                        for each in (teacher, as_teacher))
+    labels = assign(teacher.to(device), config, images, ids, mean, std, device)
     found = {}
-    for name, (q, cluster, _) in labels.items():
+    for name, (q, _, _) in labels.items():
         found[f"{name}_ln_k"] = round(math.log(q.shape[-1]), 4)
         for key, value in health(count_labels(q)).items():
             found[f"{name}_{key}"] = round(value, 4)
-        agrees = (students[name].cluster == cluster).float().mean().item()
-        found[f"{name}_student_agrees"] = round(agrees, 4)
     return found | agreements(labels, teacher, config, images, ids, mean, std, device)
 
 

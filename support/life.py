@@ -67,10 +67,10 @@ class Watch:
                 ...
                 told = watch.told(saved)       # 0; or SAVE, by the clock; or the number of a signal
 
-    All ranks are told the same at the same step. Of one process that is a look at the clock. Of
-    several, each sends what it wants while the next step is computed and reads what all want after
-    it, so that they end a step later. It goes by the hosts (gloo), a number of 8 bytes: nobody
-    waits for a GPU, and hosts that are a step apart do not wait for one another."""
+    All ranks are told the same at the same step. With one process that is a look at the clock. With
+    several, each sends its wish while the next step is computed, and reads the answer after it. So
+    they end one step later. The 8 bytes go over the CPUs (gloo): nobody waits for a GPU, and CPUs
+    that are a step apart do not wait for one another."""
 
     def __init__(self, minutes, rank=0):
         self.minutes, self.rank, self.process = minutes, rank, os.getpid()

@@ -97,7 +97,7 @@ def first_components(x):
 def knn(x, y, test_x, classes, k=20, temperature=0.07):
     """Weighted k nearest neighbours by cosine: x n D, y n, test_x m D -> predicted classes m.
 
-    A neighbour votes with exp(cosine / temperature); k and temperature as in Wu et al. 2018 and
+    A neighbour votes with exp(cosine / temperature); temperature as in Wu et al. 2018, k as in
     DINO."""
     x, test_x = F.normalize(x, dim=1), F.normalize(test_x, dim=1)
     predictions = []
@@ -111,19 +111,21 @@ def knn(x, y, test_x, classes, k=20, temperature=0.07):
     return torch.cat(predictions)
 
 
-def linear(x, y, test_x, classes, rates=LINEAR_RATES, epochs=90, batch=1024, seed=0):
+def linear(x, y, test_x, classes, rates=LINEAR_RATES, epochs=90, batch=1024):
     """Linear classifiers, one per learning rate, trained side by side: x n D, y n (or n classes:
     shares of the classes, which sum to 1), test_x m D -> predicted classes, rates m.
 
-    MAE's protocol: BatchNorm without affine, then a linear layer; momentum 0.9, no weight decay,
-    cosine, 90 epochs. SGD in place of LARS, as batches are small. The rate is for the whole
+    Near MAE's protocol: BatchNorm without affine, then a linear layer; momentum 0.9, no weight
+    decay, cosine, 90 epochs. Unlike it: features are computed once, of whole images (no random
+    crops); no warm-up; SGD in place of LARS, as batches are small. The rate is for the whole
     batch."""
-    g, R = torch.Generator().manual_seed(seed), len(rates)
+    g, R = torch.Generator().manual_seed(0), len(rates)
     norm = nn.BatchNorm1d(x.shape[1], affine=False, device=x.device)
     heads = nn.Linear(x.shape[1], R * classes, device=x.device)        # all of them in one product
     nn.init.zeros_(heads.weight)
     nn.init.zeros_(heads.bias)
-    # Without weight decay a step goes by rate times gradient: so each gradient has its rate.
+    # All heads share an optimiser of rate 1. Without weight decay, to multiply the gradient of a
+    # head by a rate is the same as to give the head that rate.
     rate = torch.tensor(rates, device=x.device).repeat_interleave(classes)             # R classes
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
     batch = min(batch, len(x))
@@ -257,11 +259,11 @@ def paint(x, counts, val, test_x):
 
     A linear layer predicts the shares of the classes in a patch. In the cross-entropy this is the
     same as predicting each pixel, all those of a patch alike. val as in `classify`."""
-    def fit(x, counts, test_x, **rates):
+    def fit(x, counts, test_x, rates=LINEAR_RATES):
         seen = counts.sum(-1) > 0                          # not: patches without a known pixel
         shares = counts[seen] / counts[seen].sum(-1, keepdim=True)
         painted = linear(x[seen], shares, test_x.flatten(0, 1), counts.shape[-1], epochs=10,
-                         batch=4096, **rates)
+                         batch=4096, rates=rates)
         return painted.unflatten(1, test_x.shape[:2])                                 # rates m N
 
     on_validation = fit(x[~val], counts[~val], x[val])
@@ -350,11 +352,11 @@ def average_precision(scores, y):
     each weighted with what the recall gains there (scikit-learn's definition, nothing
     interpolated). Images with one score come together."""
     found = []
-    for score, there in zip(scores.cpu().T, y.cpu().T.double(), strict=True):
-        score, order = score.sort(descending=True)
+    for values, there in zip(scores.cpu().T, y.cpu().T.double(), strict=True):
+        values, order = values.sort(descending=True)
         hits = there[order].cumsum(0)
-        last = torch.ones_like(score, dtype=torch.bool)
-        last[:-1] = score[:-1] != score[1:]                # of those with one score
+        last = torch.ones_like(values, dtype=torch.bool)
+        last[:-1] = values[:-1] != values[1:]              # of those with one score
         hits, place = hits[last], last.nonzero().flatten() + 1
         gains = hits.diff(prepend=hits.new_zeros(1))
         found.append((gains * hits / place).sum() / hits[-1])

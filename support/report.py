@@ -130,8 +130,8 @@ def log(run, record):
     """Write a record, say it, and warn of what looks wrong twice in a row. Ends the run where its
     numbers are none."""
     step = record["step"]
-    # in fp16 a gradient may overflow: the scaler then leaves that step out, and scales less; but
-    # where it scales by next to nothing, no gradient has been a number for long
+    # In fp16 gradients may overflow now and then. The scaler then skips the step and lowers its
+    # scale. So that is no reason to stop, unless the scale has already fallen to almost nothing.
     overflows = run.scaler.is_enabled() and run.scaler.get_scale() > 1e-4
     if not math.isfinite(record["loss"] + (0 if overflows else record["grad_norm"])):
         run.say(f"train.py: the loss is {record['loss']}, the gradient {record['grad_norm']} at "
@@ -147,22 +147,18 @@ def log(run, record):
     run.signs = signs
 
 
+# Losses in the order of the screen: the key of what stands beside one, and how that is called.
+BESIDE = {"rec": ("rec_constant", "constant"), "consistency": (None, ""),
+          "image": ("image_ln_k", "ln K"), "patch": ("patch_ln_k", "ln K"), "koleo": (None, ""),
+          "align": ("align_variance", "variance"),                     # cae
+          "contrast": ("contrast_alike", "alike")}                     # mixedae
+
+
 def line(record):
     """A record of the log as a line for the screen."""
     parts = [f"step {record['step']:6d}  epoch {record['epoch']:6.1f}  loss {record['loss']:.4f}"]
-    if "rec" in record:
-        parts.append(beside(record, "rec", "rec_constant", "constant"))
-    if "consistency" in record:
-        parts.append(f"consistency {record['consistency']:.3f}")
-    for name in ("image", "patch"):
-        if name in record:
-            parts.append(beside(record, name, f"{name}_ln_k", "ln K"))
-    if "koleo" in record:
-        parts.append(f"koleo {record['koleo']:.3f}")
-    if "align" in record:                                  # cae
-        parts.append(beside(record, "align", "align_variance", "variance"))
-    if "contrast" in record:                               # mixedae
-        parts.append(beside(record, "contrast", "contrast_alike", "alike"))
+    parts += [beside(record, name, *bound) for name, bound in BESIDE.items() if name in record]
+    if "contrast" in record:
         parts.append(f"(apart {record['contrast_apart']:.2f})")
     parts.append(f"{record['images_per_s']:.0f} images/s")
     if "peak_memory_gb" in record:
@@ -444,8 +440,9 @@ def draw_evaluated(evaluated, n=8, nearest=6):
 
 
 def shown_and_searched(evaluated, token):
-    """The files of --pictures, or the test split, or what validates, or, without classes, all
-    training images; and the training images among which their neighbours are: two `Shown`."""
+    """The files of --pictures, or the test split, or what validates, or, without classes or where
+    nothing validates, all training images; and the training images among which their neighbours
+    are: two `Shown`."""
     def of(split):
         return Shown(evaluated.images(split), evaluated.ids(split),
                      evaluated.features(split)[token].cpu())
@@ -458,9 +455,9 @@ def shown_and_searched(evaluated, token):
         return Shown(evaluated.own, ids, x[token].cpu()), train
     if evaluated.tested:
         return of("test"), train
-    if (train.images.y < 0).all():
-        return train, train
     val = evaluated.validates(train.ids)
+    if (train.images.y < 0).all() or not val.any():        # no class is known, or they are few
+        return train, train
     return [Shown(train.images, train.ids[part], train.x[part]) for part in (val, ~val)]
 
 

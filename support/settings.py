@@ -26,7 +26,8 @@ from support.datasets import SETS, holds_images, look
 from support.devices import PRECISIONS, cores
 from teachers import STANDARDISE, half_life
 
-# Batch, clusters and lr are measured on CIFAR-10 (JPEG), ViT-Tiny. No other set below was tuned on.
+# Tuned are the row of shapes, on shapes, and batch, clusters and lr of small photographs, on
+# CIFAR-10 (JPEG) with a ViT-Tiny. No other row is.
 SMALL_PHOTOGRAPHS = dict(epochs=100, batch_size=256, lr=2e-3, image_clusters=128,
                          patch_clusters=512)
 DATA_ROWS = {
@@ -95,7 +96,7 @@ class Config:
     target: str = option(
         "tokens", "what the decoder predicts: the reconstruction teacher's tokens, pixels, or "
         "none: no decoder", choices=["tokens", "pixels", "none"])
-    rec_weight: float = option(1.0, "weight of the reconstruction", range=POSITIVE)
+    rec_weight: float = option(1.0, "weight of the reconstruction (not tuned)", range=POSITIVE)
     norm_pix_loss: bool = option(
         True, "predict pixels standardised within each patch, not plain ones (MAE)")
     standardise: str = option(
@@ -105,7 +106,8 @@ class Config:
         0.0, "weight of RC-MAE's term: predict the pixels that a teacher predicts", range=POSITIVE)
     # the pseudo labels
     image_weight: float = option(
-        1.0, "weight of the image pseudo labels (class token); 0 turns them off", range=POSITIVE)
+        1.0, "weight of the image pseudo labels (class token); 0 turns them off (not tuned)",
+        range=POSITIVE)
     image_clusters: int = option(
         64, "clusters (prototypes) of image pseudo labels (not tuned)", range=(2, math.inf))
     koleo_weight: float = option(

@@ -76,14 +76,9 @@ def official_name(name):
     return name.removeprefix("encoder.").replace("decoder.", "decoder_", 1)
 
 
-def from_official(mae, state):
-    """Copy the weights of an official state_dict into a MaskedAutoencoder. Raises UsageError where
-    one has what the other lacks, or where shapes differ."""
-    fill(mae, {official_name(name): name for name in mae.state_dict()}, state)
-
-
 def fill(module, names, state):
-    """Load state (a file's names) into the module; names: {the file's name: the module's name}."""
+    """Load state (a file's names) into the module; names: {the file's name: the module's name}.
+    Raises UsageError where one has what the other lacks, or where shapes differ."""
     own = module.state_dict()
     missing = names.keys() - state.keys()
     left_over = state.keys() - names.keys()
@@ -111,7 +106,7 @@ def start_from(student, config):
     file, own = load_weights(path, "--init"), sizes(student.mae.encoder)
     try:
         if is_of_train(file):
-            say_what_is_known(path, assumed)
+            say_what_is_known(path, assumed | {"num_heads": None})     # train.py has that flag too
             encoder, info = encoder_of_run(path, file, "student")
         else:
             encoder, info, _ = encoder_of_others(path, file, assumed, own["heads"])
@@ -123,8 +118,8 @@ def start_from(student, config):
     if theirs != own:
         differ = ", ".join(f"{name} {theirs[name]} there, {own[name]} here" for name in own
                            if theirs[name] != own[name])
-        raise UsageError(f"--init {path}: another network, {differ}; make them alike with --model "
-                         "and --patch-size")
+        raise UsageError(f"--init {path}: another network, {differ}; make them alike with --model, "
+                         "--patch-size and --num-heads")
     student.mae.encoder.load_state_dict(encoder.state_dict())
     taken = "its encoder"
     if is_of_train(file):
@@ -193,9 +188,9 @@ def export(encoder, info, folder):
     folder = Path(folder)
     make_folder(folder, "--out")
     (H, W), (ph, pw), channels, D, depth, heads, hidden = sizes(encoder).values()
-    encoder = encoder.cpu()
-    state = encoder.state_dict()
-    save_checkpoint(folder / "encoder.pt", exported(encoder, info["mean"], info["std"]))
+    state = {name: value.cpu() for name, value in encoder.state_dict().items()}
+    content = exported(encoder, info["mean"], info["std"]) | {"model": state}
+    save_checkpoint(folder / "encoder.pt", content)
     named = {name: value.contiguous() for name, value in to_hugging_face(state).items()}
     old, new = folder / "pytorch_model.bin", folder / "model.safetensors"
     if save is None:
@@ -404,7 +399,7 @@ def encoder_of_others(path, file, assumed, heads=None):
     check_numbers(path, weights)
     says_itself = EXPORTED <= file.keys()
     if says_itself:
-        say_what_is_known(path, assumed)
+        say_what_is_known(path, assumed if heads is None else assumed | {"num_heads": None})
         assumed = {"num_heads": file["num_heads"], "pixel_mean": file["mean"],
                    "pixel_std": file["std"]}
     try:

@@ -17,7 +17,7 @@ from support.command_line import UsageError
 from support.datasets import Images, mean_std
 from support.files import write_atomically
 from support.images import IMAGENET_MEAN, IMAGENET_STD
-from support.weights import from_official, load_encoder, resize_positions, to_official
+from support.weights import fill, load_encoder, official_name, resize_positions, to_official
 
 WIDE = {**TOY, "embed_dim": 128}               # two heads of 64, as load_encoder takes them to be
 
@@ -42,6 +42,10 @@ def shaken(module):
     for p in module.parameters():
         p.add_(0.1 * torch.randn_like(p))
     return module
+
+
+def from_official(mae, state):
+    fill(mae, {official_name(name): name for name in mae.state_dict()}, state)
 
 
 def assert_same(state, other):

@@ -414,12 +414,29 @@ def test_pictures_of_files_of_ones_own(untrained, photos, tmp_path, monkeypatch,
     assert f"nearest to {own[1]} are {own[1]} (1.00), " in capsys.readouterr().err
     assert {path.stem for path in folder.glob("*.png")} == {"attention"}       # no components
 
+    evaluation.main(["features", *flags[1:], "--token", "mean", "--pictures"])
+    assert len(drawn) == 3
+
     before = (folder / "eval.jsonl").read_bytes()
     (tmp_path / "no.jpg").write_text("no image")
     for name in ("no.jpg", "not-there.jpg"):
         with pytest.raises(UsageError, match=f"^--pictures: .*{name} cannot be decoded"):
             evaluation.main([*flags, "--pictures", str(own[0]), str(tmp_path / name)])
     assert before == (folder / "eval.jsonl").read_bytes()
+
+
+def test_pictures_of_few_images_of_which_none_validates(untrained, photos, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "draw_neighbours", lambda rows, *rest: drawn.extend(rows))
+    for name in ("red", "green"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for path in sorted((photos / "train" / name).iterdir())[:4]:
+            shutil.copy(path, tmp_path / "train" / name)
+    evaluation.main(["features", "--split", "train", "--pictures", "--checkpoint", untrained,
+                     "--data", "imagefolder", "--data-root", str(tmp_path), "--device", "cpu"])
+    assert len(drawn) == 8
+    for (first, _), *near in drawn:
+        assert not any(np.array_equal(first, each) for each, _ in near)
 
 
 def test_a_caption_is_the_class_or_the_name_of_the_file():

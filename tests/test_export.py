@@ -60,8 +60,10 @@ def test_an_export_loads_with_its_size_and_heads_and_pixels(tmp_path, size):
     torch.testing.assert_close(back(imgs), encoder.eval()(imgs))
 
 
-def test_export_of_a_run_is_evaluated_as_the_run_is(small_run, photos, no_pictures, capsys):
+def test_export_of_a_run_is_evaluated_as_the_run_is(
+        small_run, photos, no_pictures, capsys, monkeypatch):
     train.main([*small_run, "--epochs", "1"])
+    monkeypatch.setattr(VisionTransformer, "cpu", None)    # the encoder stays where it is
     run = Path(small_run[-1])
     record = record_of(capsys, "export", "--checkpoint", run / "checkpoint.pt")
     assert Path(record["folder"]) == run / "export"
@@ -83,6 +85,17 @@ def started_from(path, flags, out, *more):
 def toy_flags(small_flags, no_pictures, monkeypatch):
     monkeypatch.setitem(SIZES, "micro", TOY_SIZE)
     return small_flags
+
+
+def test_the_heads_of_a_run_are_those_of_its_flag(toy_flags, tmp_path, capsys):
+    flags = [*toy_flags, "--epochs", "0", "--num-heads", "1", "--out"]
+    train.main([*flags, str(tmp_path / "one")])
+    path = tmp_path / "one" / "checkpoint.pt"
+    with pytest.raises(UsageError, match="heads 1 there, 2 here; .* and --num-heads"):
+        started_from(path, toy_flags, tmp_path / "two")
+    capsys.readouterr()
+    started_from(path, toy_flags, tmp_path / "three", "--num-heads", "1")
+    assert "ignored" not in capsys.readouterr().err
 
 
 def test_a_run_starts_from_official_weights_with_their_decoder(toy_flags, tmp_path):

@@ -15,7 +15,7 @@ TOP = {                                    # beside the standard library
     "teachers": {"torch", "mae", "support.ranks"},
     "data": {"torch", "numpy", "mae.pair", "support.datasets"},
     "train": {"torch", *CONCEPTS, "data", "support"},
-    "eval": {"torch", "numpy", "mae", "data", "support"},
+    "eval": {"torch", "numpy", "support"},
 }
 # What the files of support use of the files above them. `health` and `report` show what these make.
 # The others need single names: to know what a setting may be, and to build networks for weights.
@@ -25,7 +25,7 @@ UP = {
     "settings": {"mae.SIZES", "mae.count_visible", "mae.pair", "pseudo_labels.BALANCING",
                  "teachers.STANDARDISE", "teachers.half_life"},
     "checkpoint": {"pseudo_labels.Student", "teachers.make_teachers"},
-    "weights": {"safetensors.torch", "mae.MaskedAutoencoder", "mae.VisionTransformer", "mae.pair"},
+    "weights": {"safetensors.torch", "mae.VisionTransformer", "mae.pair"},
     "datasets": {"mae.pair"},
     "probes": {"mae.patchify"},
 }

@@ -50,6 +50,7 @@ def test_fills_a_page_and_draws(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = tmp_path / "page.md"
     page.write_text("# A\n\n<!-- all evidence shapes -->\nold\n<!-- end -->\n\nFinding: B\n\n"
+                    "<!-- pair evidence shapes mae unknown -->\n<!-- end -->\n\n"
                     "<!-- all evidence moon -->\n<!-- end -->\n")
     flags = [str(tmp_path / "rows.jsonl"), "--pages", str(page)]
     tables.main(flags)
