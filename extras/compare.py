@@ -254,6 +254,12 @@ def main(argv=None):
     check_images(runs)
     settings = group(runs)
     print(markdown(table(settings)))
+    seen = {name: max(curve(run, "knn_mean", 1, None)[0])
+            for name, by_seed in settings.items() for run in by_seed.values()}
+    if len(set(seen.values())) > 1:
+        print("not as many views of images: " + "; ".join(
+            f"{name}: {views:.0f} thousand" for name, views in seen.items())
+            + " (a run of one view needs twice the --epochs)", file=sys.stderr)
     make_folder(Path(options.out).parent, "--out")
     picture(settings, options.out)
 

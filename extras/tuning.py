@@ -45,7 +45,7 @@ from support.command_line import (
     path,
     size,
 )
-from support.datasets import SETS, held_out, load_images, mean_std, spread_out
+from support.datasets import SETS, held_out, load_images, mean_std, part_of, spread_out
 from support.devices import best_precision, choose_precision, memory_errors_in_one_line, peak_memory
 from support.files import append_json, read_json_lines, truncate_log, write_atomically
 from support.life import Watch, lock
@@ -228,6 +228,9 @@ def split_images(config, encoder, classified=False, test="test", resident_gb=4.0
                             "class to learn; put them into train/CLASS/* and test/CLASS/*")
     if classified and config.data == "coco":
         raise no_classes
+    if classified and config.data == "imagefolder" and Path(config.data_root).is_dir():
+        if not part_of(config.data_root, "train"):         # a folder without classes
+            raise no_classes
     train_images, test_images = (
         load_images(config.data, config.data_root, split, config.img_size, encoder.in_chans,
                     resident_gb)

@@ -177,16 +177,17 @@ def continue_from(path, config, free, mean, images, key="student"):
     saved, out = load_checkpoint(path, "--out"), f"--out {config['out']}"
     if not isinstance(saved, dict) or not {key, "config", "mean", "images"} <= saved.keys():
         raise UsageError(f"{out}: its checkpoint.pt is not of this program; use another --out")
+    remedy = "use another --out"
+    if key == "student":                                   # train.py has --init
+        remedy += f", and --init {path} to start from its weights"
     old = saved["config"]
     differ = [f"{name} was {old.get(name)!r}, now {config.get(name)!r}"
               for name in sorted(old.keys() | config.keys())
               if name not in free and old.get(name) != config.get(name)]
     if differ:
-        raise UsageError(f"{out}: holds a run with other settings: {', '.join(differ)}; use "
-                         "another --out, or delete that folder")
+        raise UsageError(f"{out}: holds a run with other settings: {', '.join(differ)}; {remedy}")
     if (saved["mean"], saved["images"]) != (mean, images):
-        raise UsageError(f"{out}: holds a run on other images; use another --out, or delete that "
-                         "folder")
+        raise UsageError(f"{out}: holds a run on other images; {remedy}")
     return saved
 
 

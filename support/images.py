@@ -20,9 +20,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Pillow warns of images over 89 megapixels and refuses twice that (`open_image` says so). Between
 # the two lie cameras of today: nothing to warn of.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-# Transparency is left out, however it is stored.
-warnings.filterwarnings("ignore", "Palette images with Transparency")
-
 
 # Pillow knows these by their beginning but does not decode them, or runs another program for it.
 NO_PIXELS = ("MPEG", "EPS")
@@ -40,10 +37,15 @@ def suffixes():
 def convert(image, channels, name="image"):
     """A PIL image with 1 or 3 channels of 8 bits, turned upright.
 
-    All images of training, evaluation and `image_transform` pass through here."""
+    All images of training, evaluation and `image_transform` pass through here. What is transparent
+    becomes white: what is stored behind it, often black, is not meant to be seen."""
     if image.mode[0] in "IF":                  # Pillow would cut these off at 255
         raise UsageError(f"{name} has more than 8 bits a channel; convert it to 8")
-    return upright(image).convert({1: "L", 3: "RGB"}[channels])
+    image = upright(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert({1: "L", 3: "RGB"}[channels])
 
 
 def upright(image):

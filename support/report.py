@@ -408,7 +408,8 @@ def draw_evaluated(evaluated, n=8, nearest=6):
     cosine = F.normalize(shown.x[chosen], dim=1) @ F.normalize(train.x, dim=1).T
     if shown is train:                                     # not itself
         cosine[torch.arange(len(chosen)), chosen] = -2
-    cosine, near = cosine.topk(min(nearest, len(train.x)))                              # n nearest
+    others = len(train.x) - (shown is train)
+    cosine, near = cosine.topk(min(nearest, others))                                    # n nearest
     rows = []
     for i, cosines, others in zip(shown.ids[chosen], cosine.tolist(), train.ids[near]):
         y, paths = shown.images.y[i], train.images.paths

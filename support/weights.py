@@ -183,7 +183,7 @@ def export(encoder, info, folder):
                      number of heads; also for --checkpoint and --init
     config.json, preprocessor_config.json, model.safetensors (where that package is installed, else
                      pytorch_model.bin)     a ViTModel of Hugging Face, and how it wants images
-    load.py          the lines"""
+    load.py          the lines, for this folder wherever it is"""
     require_plain(encoder, "export")
     folder = Path(folder)
     make_folder(folder, "--out")
@@ -218,16 +218,17 @@ def export(encoder, info, folder):
         f'model = timm.models.VisionTransformer(img_size={(H, W)}, patch_size={(ph, pw)}, '
         f"in_chans={channels}, embed_dim={D}, depth={depth}, num_heads={heads}, "
         f"mlp_ratio={hidden / D:g}, num_classes=0).eval()",
-        f"model.load_state_dict(torch.load({str(folder / 'encoder.pt')!r})['model'])",
+        "model.load_state_dict(torch.load(folder + '/encoder.pt')['model'])",
         "tokens = model.forward_features(images)  # the class token first",
         "# Hugging Face",
         "from transformers import AutoImageProcessor, AutoModel",
-        f"prepare = AutoImageProcessor.from_pretrained({str(folder)!r})  # of pictures of Pillow",
-        f"model = AutoModel.from_pretrained({str(folder)!r}, add_pooling_layer=False).eval()",
+        "prepare = AutoImageProcessor.from_pretrained(folder)  # of pictures of Pillow",
+        "model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()",
         "tokens = model(images).last_hidden_state  # the class token first"]
-    text = "\n".join(lines) + "\n"
+    here = ["from pathlib import Path", "folder = str(Path(__file__).parent)"]
+    text = "\n".join(here + lines) + "\n"
     write_atomically(folder / "load.py", lambda file: file.write(text.encode()))
-    return lines
+    return [f"folder = {str(folder)!r}", *lines]
 
 
 def preprocessor(H, W, channels, info):

@@ -45,6 +45,26 @@ def test_a_photograph_stands_upright_everywhere(orientation, tmp_path):
         torch.testing.assert_close(seen, want, atol=6 / 255, rtol=0)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1"])
+def test_what_is_transparent_is_white(mode, channels, tmp_path):
+    """The left half is black and seen, the right half black and transparent."""
+    if mode in ("RGBA", "LA"):
+        image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+        image.paste((0, 0, 0, 255), (0, 0, 4, 8))
+        image.convert(mode).save(tmp_path / "a.png")
+    else:                                                  # a number that stands for transparency
+        clear = 255 if mode == "1" else 1
+        image = Image.new(mode, (8, 8), clear)
+        image.paste(0, (0, 0, 4, 8))
+        if mode == "P":
+            image.putpalette([0] * 768)                    # all are black
+        image.save(tmp_path / "a.png", transparency=clear)
+    with warnings.catch_warnings(record=True) as seen:
+        pixels = decode(tmp_path / "a.png", (8, 8), channels)
+    assert (pixels[:, :, :4] == 0).all() and (pixels[:, :, 4:] == 255).all() and not seen
+
+
 def test_a_very_large_image_is_an_error_with_a_remedy(tmp_path, monkeypatch):
     Image.new("RGB", (16, 16)).save(tmp_path / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)    # Pillow refuses twice as many
