@@ -67,6 +67,8 @@ WORDS = {
     "scratch, no layer decay": "random weights",
     "mae, no layer decay": "MAE",
     "mae-plain-pixels, no layer decay": "MAE, pixels not standardised",
+    "mae-plain-pixels-equal-time, no layer decay":
+        "MAE, pixels not standardised, as long as pl-mae",
     "pl-mae, no layer decay": "two teachers, tokens: pl-mae",
     "rc-mae-1%": "RC-MAE (1%)",
     "mim-cluster-0.3%": "one teacher (0.3%), pixels",

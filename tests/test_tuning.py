@@ -140,7 +140,7 @@ def test_starts_from_the_weights_of_the_file(checkpoint, tmp_path):
     (["--checkpoint", "FILE", "--batch-size", "500"], "--batch-size 500"),
     (["--checkpoint", "FILE", "--train-images", "500"], "--train-images 500"),
     (["--checkpoint", "FILE", "--img-size", "18"], "--img-size 18x18"),
-    (["--checkpoint", "FILE", "--data", "imagefolder", "--data-root", "PLAIN"], "images have no class"),
+    (["--checkpoint", "FILE", "--data", "imagefolder", "--data-root", "PLAIN"], "have no class"),
     (["--from-scratch", "--patch-size", "5"], "--patch-size 5")])
 def test_bad_input_is_one_line(checkpoint, photos, tmp_path, given, says):
     names = {"FILE": str(checkpoint), "PLAIN": str(photos / "train" / "red")}
