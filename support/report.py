@@ -467,6 +467,7 @@ def caption(images, i, other=-1):
     red if not (-1: unknown). Without a class, the name of its file."""
     y = images.y[i]
     if y < 0:
-        return (images.paths[i].name[-14:] if images.paths else ""), "black"
+        name = images.paths[i].name if images.paths else ""
+        return (name if len(name) < 15 else f"…{name[-13:]}"), "black"
     colour = "black" if other < 0 else "green" if y == other else "red"
     return images.classes[y][:14], colour

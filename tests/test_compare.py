@@ -158,6 +158,19 @@ def test_a_setting_has_one_colour_and_one_line(tmp_path, monkeypatch):
         assert [len(curve.get_xdata()) for curve in curves] == drawn
 
 
+def test_says_where_runs_saw_another_number_of_views(tmp_path, capsys):
+    """10 steps of 64 images an epoch, in two views or in one."""
+    runs = [write_run(tmp_path / "ours", (0.3, 0.3), "--epochs", "12"),
+            write_run(tmp_path / "mae", (0.3, 0.3), "--recipe", "mae", "--epochs", "12"),
+            write_run(tmp_path / "longer", (0.3, 0.3), "--recipe", "mae", "--epochs", "24")]
+    flags = ["--out", str(tmp_path / "compare.png")]
+    compare.main([*runs[:2], *flags])
+    said = capsys.readouterr().err
+    assert "pl-mae: 15 thousand; recipe=mae: 8 thousand" in said and "twice the --epochs" in said
+    compare.main([runs[0], runs[2], *flags])
+    assert not capsys.readouterr().err
+
+
 def test_writes_the_picture(tmp_path):
     runs = [write_run(tmp_path / name, (0.3, 0.2), "--recipe", name)
             for name in ("mae", "image-labels")]           # without patch pseudo labels: 4 panels

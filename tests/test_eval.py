@@ -408,7 +408,7 @@ def test_pictures_of_files_of_ones_own(untrained, photos, tmp_path, monkeypatch,
                      *map(str, own)])
     of_hues, of_folder = drawn
     for rows in drawn:
-        assert [row[0][1] for row in rows] == [(path.name[-14:], "black") for path in own]
+        assert [row[0][1] for row in rows] == [(path.name, "black") for path in own]
         assert {colour for row in rows for _, (_, colour) in row} == {"black"}
     assert np.array_equal(of_folder[1][0][0], of_folder[1][1][0])
     assert f"nearest to {own[1]} are {own[1]} (1.00), " in capsys.readouterr().err
@@ -444,7 +444,7 @@ def test_a_caption_is_the_class_or_the_name_of_the_file():
                     paths=[Path("a.jpg"), Path("b.jpg"), Path("x/of-a-long-name.jpg")])
     assert report.caption(images, 0) == ("dog", "black")
     assert [report.caption(images, i, 1) for i in (0, 1)] == [("dog", "green"), ("cat", "red")]
-    assert report.caption(images, 2, 1) == ("-long-name.jpg", "black")
+    assert report.caption(images, 2, 1) == ("…long-name.jpg", "black")
     assert report.caption(replace(images, paths=None), 2) == ("", "black")
 
 
