@@ -254,12 +254,13 @@ def main(argv=None):
     check_images(runs)
     settings = group(runs)
     print(markdown(table(settings)))
-    seen = {name: max(curve(run, "knn_mean", 1, None)[0])
+    seen = {name: run.log[-1]["step"] * run.config["batch_size"] * run.config["views"]
             for name, by_seed in settings.items() for run in by_seed.values()}
     if len(set(seen.values())) > 1:
-        print("not as many views of images: " + "; ".join(
-            f"{name}: {views:.0f} thousand" for name, views in seen.items())
-            + " (a run of one view needs twice the --epochs)", file=sys.stderr)
+        one_or_two = len({run.config["views"] for run in runs}) > 1
+        print("not as many views of images: "
+              + "; ".join(f"{name}: {views:,}" for name, views in seen.items())
+              + " (a run of one view needs twice the --epochs)" * one_or_two, file=sys.stderr)
     make_folder(Path(options.out).parent, "--out")
     picture(settings, options.out)
 

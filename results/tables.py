@@ -251,7 +251,8 @@ def table(rows, kind, *where):
     by_name = by_run(rows, *where[:2])
     if kind == "all":
         return all_tables(by_name) if by_name else ""
-    return markdown(pair_table(by_name, *where[2:])) if by_name.keys() >= {*where[2:]} else ""
+    first, other = (by_name.get(name, {}) for name in where[2:])
+    return markdown(pair_table(by_name, *where[2:])) if first.keys() & other.keys() else ""
 
 
 def in_order(names):

@@ -179,7 +179,7 @@ def continue_from(path, config, free, mean, images, key="student"):
         raise UsageError(f"{out}: its checkpoint.pt is not of this program; use another --out")
     remedy = "use another --out"
     if key == "student":                                   # train.py has --init
-        remedy += f", and --init {path} to start from its weights"
+        remedy += f" (there --init {path} would start from its weights)"
     old = saved["config"]
     differ = [f"{name} was {old.get(name)!r}, now {config.get(name)!r}"
               for name in sorted(old.keys() | config.keys())

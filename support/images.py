@@ -42,7 +42,7 @@ def convert(image, channels, name="image"):
     if image.mode[0] in "IF":                  # Pillow would cut these off at 255
         raise UsageError(f"{name} has more than 8 bits a channel; convert it to 8")
     image = upright(image)
-    if image.has_transparency_data:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert({1: "L", 3: "RGB"}[channels])

@@ -397,9 +397,10 @@ def draw_evaluated(evaluated, n=8, nearest=6):
     Of the files that --pictures names, or of n images: the training images that are nearest by
     cosine, and what their class tokens attend to. Of up to 2,000 images, not of those files: the
     first two principal components of their features."""
+    # the class token, or pixels
     token = evaluated.options.token or next(iter(evaluated.features("train")))
     mean_std, own = evaluated.mean_std, evaluated.own
-    shown, train = shown_and_searched(evaluated, token)    # token: the class token, or pixels
+    shown, train = shown_and_searched(evaluated, token)
 
     def pictures(images, ids):
         return to_pictures(standardised(images, ids, *mean_std), *mean_std)
@@ -408,8 +409,8 @@ def draw_evaluated(evaluated, n=8, nearest=6):
     cosine = F.normalize(shown.x[chosen], dim=1) @ F.normalize(train.x, dim=1).T
     if shown is train:                                     # not itself
         cosine[torch.arange(len(chosen)), chosen] = -2
-    others = len(train.x) - (shown is train)
-    cosine, near = cosine.topk(min(nearest, others))                                    # n nearest
+    there = len(train.x) - (shown is train)
+    cosine, near = cosine.topk(min(nearest, there))                                     # n nearest
     rows = []
     for i, cosines, others in zip(shown.ids[chosen], cosine.tolist(), train.ids[near]):
         y, paths = shown.images.y[i], train.images.paths

@@ -12,7 +12,13 @@ from PIL import Image
 
 import train
 from mae import SIZES, MaskedAutoencoder, VisionTransformer
-from support.checkpoint import continue_from, load_checkpoint, load_run, save_checkpoint
+from support.checkpoint import (
+    continue_from,
+    load_checkpoint,
+    load_run,
+    precision_before,
+    save_checkpoint,
+)
 from support.command_line import UsageError
 from support.datasets import Images, mean_std
 from support.files import write_atomically
@@ -442,3 +448,14 @@ def test_only_free_settings_may_change(tmp_path):
     assert "--out run" in line and "lr was 1.0, now 2.0" in line and "device" not in line
     save_checkpoint(path, to_official(MaskedAutoencoder(**TOY)))
     assert "not of this program" in refused(continue_from, path, config, (), [0.5], 9)
+
+
+def test_a_run_keeps_its_precision(small_run, no_pictures):
+    """That of config.json, also where the checkpoint beside it is damaged."""
+    out = Path(small_run[-1])
+    assert precision_before(out) is None
+    train.main([*small_run, "--epochs", "0", "--precision", "fp16"])
+    (out / "checkpoint.pt").write_bytes(b"damaged")
+    assert precision_before(out) == "fp16"
+    (out / "checkpoint.pt").unlink()                       # of another program
+    assert precision_before(out) is None

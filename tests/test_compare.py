@@ -166,9 +166,11 @@ def test_says_where_runs_saw_another_number_of_views(tmp_path, capsys):
     flags = ["--out", str(tmp_path / "compare.png")]
     compare.main([*runs[:2], *flags])
     said = capsys.readouterr().err
-    assert "pl-mae: 15 thousand; recipe=mae: 8 thousand" in said and "twice the --epochs" in said
+    assert "pl-mae: 15,360; recipe=mae: 7,680" in said and "twice the --epochs" in said
     compare.main([runs[0], runs[2], *flags])
     assert not capsys.readouterr().err
+    compare.main([*runs[1:], *flags])                      # both have one view
+    assert "twice" not in capsys.readouterr().err
 
 
 def test_writes_the_picture(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import re
 
 from results import tables
 
@@ -46,15 +47,17 @@ def test_agreements_stand_beside_chance():
 
 def test_fills_a_page_and_draws(tmp_path):
     rows = [a_row("evidence", "pl-mae", 1, 0.4), a_row("evidence", "mae", 1, 0.3),
-            a_row("search", "same", 1, 0.3)]
+            a_row("search", "same", 1, 0.3), a_row("evidence", "mae, longer", 1, 0.35)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = tmp_path / "page.md"
     page.write_text("# A\n\n<!-- all evidence shapes -->\nold\n<!-- end -->\n\nFinding: B\n\n"
                     "<!-- pair evidence shapes mae unknown -->\n<!-- end -->\n\n"
+                    "<!-- pair evidence shapes \"mae, longer\" mae -->\n<!-- end -->\n\n"
                     "<!-- all evidence moon -->\n<!-- end -->\n")
     flags = [str(tmp_path / "rows.jsonl"), "--pages", str(page)]
     tables.main(flags)
     text = page.read_text()
+    assert "| difference |  | +5.0 |" in text
     assert "| mae | 1 | 30.0 |" in text and "old" not in text and "| same |" not in text
     assert text.startswith("# A\n\n<!-- all evidence shapes -->\n\n| run |")
     assert "<!-- end -->\n\nFinding: B\n" in text
@@ -81,4 +84,6 @@ def test_the_pages_of_the_project_have_the_results_of_the_project():
     """Otherwise run `python -m results.tables`."""
     rows = tables.read_json_lines(tables.RESULTS)
     for path in tables.PAGES:
-        assert tables.fill(path.read_text(), rows) == path.read_text()
+        page = path.read_text()
+        assert tables.fill(page, rows) == page
+        assert not re.search(r"<!-- (pair|all|summary|pick) [^\n]* -->\n<!-- end", page)

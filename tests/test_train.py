@@ -329,7 +329,7 @@ def test_another_config_is_refused_and_the_run_left_alone(small_run, no_pictures
     flags, out = [*small_run, "--epochs", "0"], Path(small_run[-1])
     train.main(flags)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(UsageError, match="lr was 0.001, now 0.1"):
+    with pytest.raises(UsageError, match="lr was 0.001, now 0.1; use another --out .there --init"):
         train.main([*flags, "--lr", "0.1"])
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
     train.main([*flags, "--eval-every", "7", "--workers", "1"])      # these may change
