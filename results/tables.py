@@ -43,8 +43,11 @@ WORDS = {
     "mae-same-views": "MAE, pixels not standardised, views and masks of pl-mae",
     "mae-equal-time": "MAE, trained as long as pl-mae",
     "rc-mae": "RC-MAE",
+    "rc-mae-1%": "RC-MAE (1%)",
     "image-labels": "image pseudo labels alone",
     "mim-cluster": "one teacher, pixels",
+    "mim-cluster-0.3%": "one teacher (0.3%), pixels",
+    "mim-cluster-plain-pixels": "one teacher, pixels not standardised",
     "pl-mae-one-teacher": "one teacher, tokens",
     "pl-mae-one-teacher-0.3%": "one teacher (0.3%), tokens",
     "pl-mae": "two teachers, tokens: pl-mae",
@@ -70,8 +73,6 @@ WORDS = {
     "mae-plain-pixels-equal-time, no layer decay":
         "MAE, pixels not standardised, as long as pl-mae",
     "pl-mae, no layer decay": "two teachers, tokens: pl-mae",
-    "rc-mae-1%": "RC-MAE (1%)",
-    "mim-cluster-0.3%": "one teacher (0.3%), pixels",
 }
 SUMMARY = ("pixels", "untrained", "mae", "mae-plain-pixels", "mae-same-views", "rc-mae",
            "image-labels", "mim-cluster", "pl-mae-one-teacher", "pl-mae-one-teacher-0.3%", "pl-mae")
