@@ -75,7 +75,8 @@ WORDS = {
     "pl-mae, no layer decay": "two teachers, tokens: pl-mae",
 }
 SUMMARY = ("pixels", "untrained", "mae", "mae-plain-pixels", "mae-same-views", "rc-mae",
-           "image-labels", "mim-cluster", "pl-mae-one-teacher", "pl-mae-one-teacher-0.3%", "pl-mae")
+           "image-labels", "mim-cluster", "mim-cluster-plain-pixels", "pl-mae-one-teacher",
+           "pl-mae-one-teacher-0.3%", "pl-mae")
 EVIDENCE = ("evidence", "photographs")                     # stages that looked at the test split
 BASELINES = ("other-colours", "pl-mae")                    # the first of them that is there
 # Heading: task of eval.py, key of its record, key inside that. All are shares.
