@@ -228,9 +228,9 @@ def split_images(config, encoder, classified=False, test="test", resident_gb=4.0
                             "class to learn; put them into train/CLASS/* and test/CLASS/*")
     if classified and config.data == "coco":
         raise no_classes
-    if classified and config.data == "imagefolder" and Path(config.data_root).is_dir():
-        if not part_of(config.data_root, "train"):         # a folder without classes
-            raise no_classes
+    root = Path(config.data_root)
+    if classified and config.data == "imagefolder" and root.is_dir() and not part_of(root, "train"):
+        raise no_classes
     train_images, test_images = (
         load_images(config.data, config.data_root, split, config.img_size, encoder.in_chans,
                     resident_gb)

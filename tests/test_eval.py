@@ -15,6 +15,7 @@ import eval as evaluation
 import train
 from mae import SIZES
 from pseudo_labels import Student
+from results import probes as compare_probes
 from support import pictures, probes, report, shapes, weights
 from support.checkpoint import load_run
 from support.command_line import UsageError
@@ -446,6 +447,15 @@ def test_a_caption_is_the_class_or_the_name_of_the_file():
     assert [report.caption(images, i, 1) for i in (0, 1)] == [("dog", "green"), ("cat", "red")]
     assert report.caption(images, 2, 1) == ("…long-name.jpg", "black")
     assert report.caption(replace(images, paths=None), 2) == ("", "black")
+
+
+def test_three_probes_of_one_run(untrained, capsys):
+    compare_probes.main([untrained])
+    line = json.loads(capsys.readouterr().out)
+    record = record_of(capsys, "linear", "--checkpoint", untrained)
+    assert line["four"] == record["tokens"]                # as eval.py has it
+    for probe in ("seven", "logistic"):
+        assert all(score > 0.5 for score in line[probe].values())          # hues: easy
 
 
 # ---------------------------------------------------------------------------------- what is refused
