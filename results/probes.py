@@ -9,11 +9,14 @@ logistic  logistic regression of standardised features: no rate; validation choo
 
 import json
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python results/probes.py`
 
 import eval
 from results.study import circumstances
 from support import datasets, probes
-from support.command_line import run_main
+from support.command_line import Parser, run_main
 from support.devices import choose_device
 
 SEVEN = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -42,12 +45,14 @@ def logistic(x, y, val, test_x, test_y, classes):
 
 
 def main(argv=None):
-    for path in argv or sys.argv[1:]:
-        options = eval.parse(["linear", "--checkpoint", path])
-        run = eval.Evaluated(path, None, options, choose_device("auto"), datasets.load_images)
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
+    for checkpoint in parser.parse_args(argv).checkpoints:
+        options = eval.parse(["linear", "--checkpoint", checkpoint])
+        run = eval.Evaluated(checkpoint, None, options, choose_device("auto"), datasets.load_images)
         y, test_y, names = run.classes()
         val, K = run.validates(run.ids("train")).to(y.device), len(names)
-        line = {"checkpoint": path, "four": {}, "seven": {}, "logistic": {}, "strengths": {}}
+        line = {"checkpoint": checkpoint, "four": {}, "seven": {}, "logistic": {}, "strengths": {}}
         for token, x in run.features("train").items():
             given = x, y, val, run.features("test")[token], test_y, K
             line["four"][token] = sgd(*given, probes.LINEAR_RATES)

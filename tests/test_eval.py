@@ -450,7 +450,7 @@ def test_a_caption_is_the_class_or_the_name_of_the_file():
 
 
 def test_three_probes_of_one_run(untrained, capsys):
-    compare_probes.main([untrained])
+    compare_probes.main([str(untrained)])
     line = json.loads(capsys.readouterr().out)
     record = record_of(capsys, "linear", "--checkpoint", untrained)
     assert line["four"] == record["tokens"]                # as eval.py has it
