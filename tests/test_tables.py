@@ -87,3 +87,18 @@ def test_the_pages_of_the_project_have_the_results_of_the_project():
         page = path.read_text()
         assert tables.fill(page, rows) == page
         assert not re.search(r"<!-- (pair|all|summary|pick) [^\n]* -->\n<!-- end", page)
+
+
+def test_the_numbers_of_the_speed_page_are_of_its_lines():
+    """Each number in a cell is some number of results/speed.jsonl, rounded. (It may be that of
+    another line: the page is written by hand.)"""
+    lines = (tables.ROOT / "results" / "speed.jsonl").read_text()
+    measured = [float(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?", lines)]
+    page = (tables.ROOT / "docs" / "speed.md").read_text()
+    cells = [cell for row in re.findall(r"^\|.*\|$", page, re.M)
+             for cell in re.sub(r"`[^`]*`", "", row).split("|")[2:]]
+    for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?", " | ".join(cells)):
+        digits = number.replace(",", "")
+        half = 0.5 * 10.0 ** -len(digits.partition(".")[2])          # of the last place
+        half = max(half, 500 * digits.endswith("000"))
+        assert any(abs(float(digits) - value) <= half + 1e-9 for value in measured), number
