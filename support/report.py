@@ -245,9 +245,8 @@ def evaluate_and_save(run, step):
     before, run.looked = run.looked, time.perf_counter()
     run.look_s = run.looked - start
     share = run.look_s / (run.looked - before)             # of the time since the last one
-    if step:
-        for text in evaluation_lines(found, run):
-            run.say(f"   {text}")
+    for text in evaluation_lines(found, run):
+        run.say(f"{'   ' if step else 'untrained: '}{text}")
     if step < run.total and share > 0.05 and not first and "looks" not in run.warned:
         run.warned.add("looks")
         run.say(f"   such a look takes {run.look_s:.0f} s, {share:.0%} of the time; to look less "
