@@ -51,6 +51,7 @@ WORDS = {
     "pl-mae-one-teacher": "one teacher, tokens",
     "pl-mae-one-teacher-0.3%": "one teacher (0.3%), tokens",
     "pl-mae": "two teachers, tokens: pl-mae",
+    "pl-mae-long": "pl-mae, 1.3 million views",
     "place-kept": "pl-mae, patch pseudo labels with place",
     "without-koleo": "pl-mae without KoLeo",
     "teachers-that-stand-still": "pl-mae, teachers that never change",
@@ -72,7 +73,14 @@ WORDS = {
     "mae-plain-pixels, no layer decay": "MAE, pixels not standardised",
     "mae-plain-pixels-equal-time, no layer decay":
         "MAE, pixels not standardised, as long as pl-mae",
+    "mae-equal-time, no layer decay": "MAE, trained as long as pl-mae",
     "pl-mae, no layer decay": "two teachers, tokens: pl-mae",
+    "scratch, 500 labels, no layer decay": "random weights",
+    "mae-equal-time, 500 labels, no layer decay": "MAE, trained as long as pl-mae",
+    "pl-mae, 500 labels, no layer decay": "two teachers, tokens: pl-mae",
+    "scratch, 500 labels": "random weights",
+    "mae-equal-time, 500 labels": "MAE, trained as long as pl-mae",
+    "pl-mae, 500 labels": "two teachers, tokens: pl-mae",
 }
 SUMMARY = ("pixels", "untrained", "mae", "mae-plain-pixels", "mae-same-views", "rc-mae",
            "image-labels", "mim-cluster", "mim-cluster-plain-pixels", "pl-mae-one-teacher",
