@@ -82,7 +82,8 @@ class Config:
     batch_size: int = option(64, "images per step (not tuned)", range=COUNT)
     lr: float = option(1e-3, "highest learning rate, of the last layer (not tuned)", range=POSITIVE)
     layer_decay: float = option(
-        0.75, "learning rate of a layer, as a share of that of the next one (MAE: 0.65 to 0.75)",
+        0.75, "learning rate of a layer, as a share of that of the next one (MAE: 0.65 to 0.75; "
+        "with all labels of shapes 1 is better)",
         range=(1e-3, 1))
     drop_path: float = option(
         0.1, "how often each half of the last block is skipped in training; of earlier ones "
