@@ -246,7 +246,7 @@ def evaluate_and_save(run, step):
     run.look_s = run.looked - start
     share = run.look_s / (run.looked - before)             # of the time since the last one
     for text in evaluation_lines(found, run):
-        run.say(f"{'   ' if step else 'untrained: '}{text}")
+        run.say(f"{'   ' if step else 'before: '}{text}")
     if step < run.total and share > 0.05 and not first and "looks" not in run.warned:
         run.warned.add("looks")
         run.say(f"   such a look takes {run.look_s:.0f} s, {share:.0%} of the time; to look less "

@@ -89,9 +89,9 @@ def test_the_pages_of_the_project_have_the_results_of_the_project():
         assert not re.search(r"<!-- (pair|all|summary|pick) [^\n]* -->\n<!-- end", page)
 
 
-def test_the_numbers_of_the_speed_page_are_of_its_lines():
-    """Each number in a cell is some number of results/speed.jsonl, rounded. (It may be that of
-    another line: the page is written by hand.)"""
+def test_large_numbers_of_the_speed_page_occur_in_its_lines():
+    """Each number in a cell is some number of results/speed.jsonl, rounded. The page is written by
+    hand: this finds a large number that is mistyped. Of two digits, most would pass."""
     lines = (tables.ROOT / "results" / "speed.jsonl").read_text()
     measured = [float(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?", lines)]
     page = (tables.ROOT / "docs" / "speed.md").read_text()
@@ -100,5 +100,6 @@ def test_the_numbers_of_the_speed_page_are_of_its_lines():
     for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?", " | ".join(cells)):
         digits = number.replace(",", "")
         half = 0.5 * 10.0 ** -len(digits.partition(".")[2])          # of the last place
-        half = max(half, 500 * digits.endswith("000"))
+        if digits.endswith("000"):
+            half = 500                                     # in thousands
         assert any(abs(float(digits) - value) <= half + 1e-9 for value in measured), number
