@@ -51,7 +51,7 @@ WORDS = {
     "pl-mae-one-teacher": "one teacher, tokens",
     "pl-mae-one-teacher-0.3%": "one teacher (0.3%), tokens",
     "pl-mae": "two teachers, tokens: pl-mae",
-    "pl-mae-long": "pl-mae, 1.3 million views",
+    "pl-mae-long": "two teachers, tokens: pl-mae, 1.28 million views",
     "place-kept": "pl-mae, patch pseudo labels with place",
     "without-koleo": "pl-mae without KoLeo",
     "teachers-that-stand-still": "pl-mae, teachers that never change",
