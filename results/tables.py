@@ -73,6 +73,7 @@ WORDS = {
     "mae-plain-pixels, no layer decay": "MAE, pixels not standardised",
     "mae-plain-pixels-equal-time, no layer decay":
         "MAE, pixels not standardised, as long as pl-mae",
+    "pl-mae-long, no layer decay": "two teachers, tokens: pl-mae, 1.28 million views",
     "mae-equal-time, no layer decay": "MAE, trained as long as pl-mae",
     "pl-mae, no layer decay": "two teachers, tokens: pl-mae",
     "scratch, 500 labels, no layer decay": "random weights; 500 labels",
