@@ -73,15 +73,8 @@ WORDS = {
     "mae-plain-pixels, no layer decay": "MAE, pixels not standardised",
     "mae-plain-pixels-equal-time, no layer decay":
         "MAE, pixels not standardised, as long as pl-mae",
-    "pl-mae-long, no layer decay": "two teachers, tokens: pl-mae, 1.28 million views",
     "mae-equal-time, no layer decay": "MAE, trained as long as pl-mae",
     "pl-mae, no layer decay": "two teachers, tokens: pl-mae",
-    "scratch, 500 labels, no layer decay": "random weights; 500 labels",
-    "mae-equal-time, 500 labels, no layer decay": "MAE, trained as long as pl-mae; 500 labels",
-    "pl-mae, 500 labels, no layer decay": "two teachers, tokens: pl-mae; 500 labels",
-    "scratch, 500 labels": "random weights; 500 labels",
-    "mae-equal-time, 500 labels": "MAE, trained as long as pl-mae; 500 labels",
-    "pl-mae, 500 labels": "two teachers, tokens: pl-mae; 500 labels",
 }
 SUMMARY = ("pixels", "untrained", "mae", "mae-plain-pixels", "mae-same-views", "rc-mae",
            "image-labels", "mim-cluster", "mim-cluster-plain-pixels", "pl-mae-one-teacher",
